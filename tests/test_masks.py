@@ -1,0 +1,105 @@
+import json
+
+import cv2
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from ris_d2.masks import encode, rasterize, resize_nearest, union
+
+
+def blob(height=23, width=17, seed=0):
+    noise = np.random.default_rng(seed).normal(size=(height, width)).astype(np.float32)
+    return cv2.GaussianBlur(noise, (5, 5), 2) > 0
+
+
+def test_polygon_covers_its_pixels():
+    mask = rasterize([[2, 1, 6, 1, 6, 4, 2, 4]], 8, 10)
+    expected = np.zeros((8, 10), bool)
+    expected[1:4, 2:6] = True
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_overlapping_polygons_are_united():
+    first, second = [0, 0, 6, 0, 6, 6, 0, 6], [3, 3, 9, 3, 9, 9, 3, 9]
+    mask = rasterize([first, second], 10, 10)
+    assert mask.sum() == 36 + 36 - 9
+    np.testing.assert_array_equal(mask, rasterize([first], 10, 10) | rasterize([second], 10, 10))
+
+
+def test_polygon_without_area_is_an_empty_mask():
+    mask = rasterize([[1, 1, 9, 1, 1, 1]], 10, 10)
+    assert mask.shape == (10, 10) and not mask.any()
+
+
+@pytest.mark.parametrize("fill", ["blob", "empty", "full", "stripes"])
+def test_encode_and_rasterize_are_inverse(fill):
+    mask = blob()
+    if fill in ("empty", "full"):
+        mask = np.full_like(mask, fill == "full")
+    if fill == "stripes":  # many equal runs: zero differences
+        mask = np.arange(mask.size).reshape(mask.shape) % 2 == 0
+    rle = json.loads(json.dumps(encode(mask)))
+    np.testing.assert_array_equal(rasterize(rle, *mask.shape), mask)
+    np.testing.assert_array_equal(coco_mask.decode(rle), mask)
+
+
+def test_run_lengths_of_every_kind_agree_with_pycocotools():
+    rng = np.random.default_rng(1)
+    for size in (1, 31, 32, 500, 40_000):  # one and several five-bit groups, both signs
+        counts = [int(count) for count in rng.integers(0, size, 9)]
+        height, width = 1, sum(counts)
+        rle = {"size": [height, width], "counts": counts}
+        if width == 0:
+            continue
+        compressed = coco_mask.frPyObjects(rle, height, width)
+        expected = coco_mask.decode(compressed)
+        np.testing.assert_array_equal(rasterize(rle, height, width), expected)
+        np.testing.assert_array_equal(rasterize(compressed, height, width), expected)
+        text = {**compressed, "counts": compressed["counts"].decode()}
+        np.testing.assert_array_equal(rasterize(text, height, width), expected)
+
+
+@pytest.mark.parametrize(
+    "segmentation, message",
+    [
+        ([[1, 1, 5, 1, 5, 5, 1]], "7 numbers"),
+        ([[1, 1, 5, 5]], "4 numbers"),
+        ([], "list of polygons"),
+        (None, "list of polygons"),
+        ([1, 1, 5, 1, 5, 5], "flat list"),
+        ([[1, 1, 5, 1, 5, float("nan")]], "finite"),
+        ([[1, 1, 5, 1, 5, "5"]], "finite"),
+        ({"counts": [100]}, "keys size and counts"),
+        ({"size": [10, 9], "counts": [90]}, "of size"),
+        ({"size": [10, 10], "counts": [40, 59]}, "add up"),
+        ({"size": [10, 10], "counts": [140, -40]}, "non-negative"),
+        ({"size": [10, 10], "counts": "51"}, "add up"),
+        ({"size": [10, 10], "counts": ""}, "compressed"),
+        ({"size": [10, 10], "counts": "`"}, "compressed"),
+        ({"size": [10, 10], "counts": "o" * 30 + "0"}, "too long"),
+    ],
+)
+def test_malformed_segmentation_is_an_error(segmentation, message):
+    with pytest.raises(ValueError, match=message):
+        rasterize(segmentation, 10, 10)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", [bool, np.uint8])
+def test_resize_nearest_is_cv2_nearest(order, dtype):
+    mask = blob()
+    expected = cv2.resize(mask.astype(np.uint8), (40, 11), interpolation=cv2.INTER_NEAREST)
+    resized = resize_nearest(np.asarray(mask, dtype=dtype, order=order), 11, 40)
+    assert resized.dtype == dtype
+    np.testing.assert_array_equal(resized, expected)
+    assert resize_nearest(mask, *mask.shape) is mask
+
+
+def test_union():
+    masks = [blob(seed=seed) for seed in range(3)]
+    np.testing.assert_array_equal(union(masks), masks[0] | masks[1] | masks[2])
+    np.testing.assert_array_equal(union(np.zeros((0, 4, 5), bool)), np.zeros((4, 5), bool))
+    with pytest.raises(ValueError, match="no size"):
+        union([])
