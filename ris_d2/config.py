@@ -150,6 +150,7 @@ def _add_shared_ris_keys(cfg: CN) -> None:
     cfg.MODEL.SHARED_RIS.FPN_FUSION = "self"  # self | cross | bi (Table VII b)
     cfg.MODEL.SHARED_RIS.DECODER_LAYERS = 1  # Table VIII a; 0 = decoder off (Table III)
     cfg.MODEL.SHARED_RIS.DECODER_FUSION = "self"  # self | cross | bi (Table VIII b)
+    cfg.MODEL.SHARED_RIS.NORM = "BN"  # of the mask head: BN | SyncBN | nnSyncBN | GN | ...
     cfg.MODEL.SHARED_RIS.BCE_WEIGHT = 2.0
     cfg.MODEL.SHARED_RIS.DICE_WEIGHT = 0.5
     # Where the loss is taken: mask (the prediction's 1/4 size, ground truth nearest-resized) | input.

@@ -1,0 +1,3 @@
+from .beit3 import RISBEiT3
+
+__all__ = ["RISBEiT3"]

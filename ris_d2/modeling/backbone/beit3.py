@@ -1,0 +1,320 @@
+"""BEiT-3, the multiway transformer (Wang et al., "Image as a Foreign Language", CVPR 2023).
+
+Vision tokens go through the A weights, text tokens through the B weights of every layer; only the
+attention itself is joint. Parameter names are those of the released checkpoints without ``beit3.``.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..layers.attention import drop_path_scale
+from ..layers.multiway import ModalityPair, Streams, join, split, visible_tokens
+
+LAYER_NORM_EPS = 1e-5
+# Rows 0 and 1 of both position tables are never read (a heritage of fairseq's padding index).
+FIRST_POSITION = 2
+
+
+class Attention(nn.Module):
+    """Joint self-attention with projections and sub-LayerNorm per modality."""
+
+    def __init__(self, *, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, ModalityPair(lambda: nn.Linear(dim, dim)))
+        self.inner_attn_ln = ModalityPair(lambda: nn.LayerNorm(dim, eps=LAYER_NORM_EPS))
+
+    def forward(self, streams: Streams, keep: Tensor | None) -> Streams:
+        """``keep``: bool (B, 1, 1, k+T), True where a key may be attended; None = everywhere."""
+        q, k, v = (
+            self._heads(project(streams)) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        joint = F.scaled_dot_product_attention(q, k, v, keep).transpose(1, 2).flatten(2)
+        return self.out_proj(self.inner_attn_ln(split(joint, streams)))
+
+    def _heads(self, streams: Streams) -> Tensor:
+        return join(streams).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, *, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.ffn_layernorm = nn.LayerNorm(hidden_dim, eps=LAYER_NORM_EPS)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm layer; the released names call the norm before the FFN ``final_layer_norm``."""
+
+    def __init__(self, *, dim: int, num_heads: int, hidden_dim: int, drop_path: float):
+        super().__init__()
+        self.drop_path = drop_path
+        self.self_attn_layer_norm = ModalityPair(lambda: nn.LayerNorm(dim, eps=LAYER_NORM_EPS))
+        self.self_attn = Attention(dim=dim, num_heads=num_heads)
+        self.final_layer_norm = ModalityPair(lambda: nn.LayerNorm(dim, eps=LAYER_NORM_EPS))
+        self.ffn = ModalityPair(lambda: FeedForward(dim=dim, hidden_dim=hidden_dim))
+
+    def forward(self, vision: Tensor | None, text: Tensor | None, keep: Tensor | None) -> Streams:
+        streams = (vision, text)
+        update = self.self_attn(self.self_attn_layer_norm(streams), keep)
+        streams = self._add(streams, update)
+        return self._add(streams, self.ffn(self.final_layer_norm(streams)))
+
+    def _add(self, streams: Streams, update: Streams) -> Streams:
+        if self.training and self.drop_path > 0:  # a sample keeps or drops both modalities
+            like = next(x for x in update if x is not None)
+            scale = drop_path_scale(len(like), self.drop_path, like)
+            update = tuple(None if x is None else x * scale for x in update)
+        return tuple(None if x is None else x + y for x, y in zip(streams, update, strict=True))
+
+
+class Encoder(nn.Module):
+    """Position tables, layers and the optional last LayerNorm."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        hidden_dim: int,
+        num_patches: int,
+        max_text_positions: int,
+        drop_path: float,
+        final_norm: bool,
+    ):
+        super().__init__()
+        self.embed_positions = nn.ModuleDict(
+            {
+                "A": nn.Embedding(FIRST_POSITION + 1 + num_patches, dim),
+                "B": nn.Embedding(max_text_positions, dim),
+            }
+        )
+        self.layers = nn.ModuleList(
+            EncoderLayer(
+                dim=dim,
+                num_heads=num_heads,
+                hidden_dim=hidden_dim,
+                drop_path=drop_path * i / max(depth - 1, 1),
+            )
+            for i in range(depth)
+        )
+        if final_norm:
+            self.layer_norm = ModalityPair(lambda: nn.LayerNorm(dim, eps=LAYER_NORM_EPS))
+        else:
+            self.layer_norm = None
+
+    def positions(self, modality: str, length: int) -> Tensor:
+        """(length, dim): the rows that the first ``length`` tokens of a modality add."""
+        table = self.embed_positions[modality].weight
+        if FIRST_POSITION + length > len(table):
+            raise ValueError(f"{length} tokens exceed {len(table)} positions of table {modality}")
+        return table[FIRST_POSITION : FIRST_POSITION + length]
+
+
+class VisionEmbedding(nn.Module):
+    def __init__(self, *, dim: int, patch_size: int, stem: str):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if stem == "patch":
+            self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+        elif stem == "conv":
+            self.proj = conv_stem(dim=dim, patch_size=patch_size)
+        else:
+            raise ValueError(f"MODEL.RIS.BEIT3.STEM is {stem!r}, not patch or conv")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 1 + (H/p)(W/p), dim)"""
+        patches = self.proj(images).flatten(2).transpose(1, 2)
+        return torch.cat([self.cls_token.expand(len(images), -1, -1).to(patches), patches], 1)
+
+
+def conv_stem(*, dim: int, patch_size: int) -> nn.Sequential:
+    """Stride-2 convolutions down to one token per patch, widths doubling up to ``dim``.
+
+    Not in BEiT-3: it replaces the linear patch embedding where no pretrained weights are used.
+    """
+    steps = int(math.log2(patch_size))
+    if 2**steps != patch_size:
+        raise ValueError(f"the conv stem needs a power of two as patch size, not {patch_size}")
+    layers, channels = [], 3
+    for step in range(steps):
+        width = dim >> (steps - step)
+        layers += [
+            nn.Conv2d(channels, width, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.GELU(),
+        ]
+        channels = width
+    return nn.Sequential(*layers, nn.Conv2d(channels, dim, 1))
+
+
+@BACKBONE_REGISTRY.register()
+class RISBEiT3(Backbone):
+    """BEiT-3 for joint, vision-only and text-only use.
+
+    As a detectron2 backbone (``forward``) it sees images alone. Referring methods call ``embed_image``
+    once per image, ``embed_text`` and ``encode`` once per expression.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        patch_size: int = 16,
+        stem: str = "patch",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: int = 4,
+        vocab_size: int = 64010,
+        max_text_positions: int = 1024,
+        drop_path: float = 0.0,
+        final_norm: bool = True,
+        checkpointing: bool = False,
+    ):
+        """
+        Args:
+            image_size: (H, W), multiples of ``patch_size``; fixes the vision position table.
+            drop_path: probability in the last layer; it grows linearly from 0 in the first.
+            final_norm: build ``encoder.layer_norm``. Methods that read the residual stream leave it out,
+                since it would never receive a gradient.
+            checkpointing: recompute layers in the backward pass.
+
+        Raises:
+            ValueError: if the image size is not a multiple of the patch size.
+        """
+        super().__init__()
+        if image_size[0] % patch_size or image_size[1] % patch_size:
+            raise ValueError(f"image size {image_size} is not a multiple of patch size {patch_size}")
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.image_size, self.patch_size = tuple(image_size), patch_size
+        self.embed_dim, self.depth, self.vocab_size = embed_dim, depth, vocab_size
+        self.checkpointing = checkpointing
+        self.text_embed = nn.Embedding(vocab_size, embed_dim)
+        self.vision_embed = VisionEmbedding(dim=embed_dim, patch_size=patch_size, stem=stem)
+        self.encoder = Encoder(
+            dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            hidden_dim=mlp_ratio * embed_dim,
+            num_patches=self.grid[0] * self.grid[1],
+            max_text_positions=max_text_positions,
+            drop_path=drop_path,
+            final_norm=final_norm,
+        )
+        self.apply(_init_weights)
+        nn.init.trunc_normal_(self.vision_embed.cls_token, std=0.02)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict:
+        beit3 = cfg.MODEL.RIS.BEIT3
+        return {
+            "image_size": cfg.INPUT.RIS.SIZE,
+            "patch_size": beit3.PATCH_SIZE,
+            "stem": beit3.STEM,
+            "embed_dim": beit3.EMBED_DIM,
+            "depth": beit3.DEPTH,
+            "num_heads": beit3.NUM_HEADS,
+            "mlp_ratio": beit3.MLP_RATIO,
+            "vocab_size": beit3.VOCAB_SIZE,
+            "drop_path": beit3.DROP_PATH,
+            "checkpointing": beit3.CHECKPOINTING,
+        }
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Vision only: (B, 3, H, W) -> {"last": (B, d, H/p, W/p)}."""
+        (vision, _) = self.encode(self.embed_image(images), None, None)[self.depth]
+        if self.encoder.layer_norm is not None:
+            vision = self.encoder.layer_norm["A"](vision)
+        return {"last": vision[:, 1:].transpose(1, 2).unflatten(2, self.grid)}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {"last": ShapeSpec(channels=self.embed_dim, stride=self.patch_size)}
+
+    def embed_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> tokens (B, 1+n, d) with positions, [CLS] first (Shared-RIS Eq. 1).
+
+        Raises:
+            ValueError: if the images do not have the size that the position table was built for.
+        """
+        if tuple(images.shape[-2:]) != self.image_size:
+            raise ValueError(f"images of {tuple(images.shape[-2:])}, built for {self.image_size}")
+        tokens = self.vision_embed(images)
+        return tokens + self.encoder.positions("A", tokens.shape[1]).to(tokens)
+
+    def embed_text(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """int64 (E, T), bool (E, T) -> tokens (E, T, d) with positions, zero where padded."""
+        tokens = self.text_embed(input_ids) + self.encoder.positions("B", input_ids.shape[1])
+        return tokens * text_mask[..., None]
+
+    def encode(
+        self,
+        vision: Tensor | None,
+        text: Tensor | None,
+        text_mask: Tensor | None,
+        *,
+        taps: Sequence[int] = (),
+    ) -> dict[int, Streams]:
+        """Run the layers on vision tokens (B, k, d), text tokens (B, T, d), or both together.
+
+        Args:
+            text_mask: bool (B, T), True = real token; None if there is no text.
+            taps: layers (1-based) whose outputs are wanted; the last layer always is.
+
+        Returns:
+            layer -> (vision, text) residual streams, before ``encoder.layer_norm``.
+        """
+        states, streams = {}, (vision, text)
+        keep = visible_tokens(streams, text_mask)
+        if keep is not None:
+            keep = keep[:, None, None, :]
+        for number, layer in enumerate(self.encoder.layers, 1):
+            if self.checkpointing and self.training:
+                streams = checkpoint(layer, *streams, keep, use_reentrant=False)
+            else:
+                streams = layer(*streams, keep)
+            if number in taps or number == self.depth:
+                states[number] = streams
+        return states
+
+    def fit_state_dict(self, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """Resize the vision positions of a checkpoint to this model's grid (bicubic, as released).
+
+        Returns:
+            a new state dict, and the names of the tensors that changed size.
+        """
+        name = "encoder.embed_positions.A.weight"
+        table = state_dict.get(name)
+        special = FIRST_POSITION + 1  # two unused rows and [CLS]
+        if table is None or len(table) == special + self.grid[0] * self.grid[1]:
+            return state_dict, []
+        side = math.isqrt(len(table) - special)
+        if side * side != len(table) - special:
+            raise ValueError(f"{name} has {len(table)} rows, not {special} plus a square grid")
+        grid = table[special:].float().T.reshape(1, -1, side, side)
+        grid = F.interpolate(grid, size=self.grid, mode="bicubic", align_corners=False)
+        rows = torch.cat([table[:special].float(), grid[0].flatten(1).T])
+        return {**state_dict, name: rows.to(table.dtype)}, [name]
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):  # cut at one standard deviation, as released
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02)

@@ -1,0 +1,61 @@
+"""Attention and MLP blocks that several methods share."""
+
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MultiheadAttention(nn.Module):
+    """Multi-head attention with biased projections, for self- and cross-attention.
+
+    Its work is done by ``scaled_dot_product_attention``, which FLOP counters see in training and in
+    evaluation (``nn.MultiheadAttention`` switches to a fused kernel that they do not count).
+    """
+
+    def __init__(self, *, dim: int, num_heads: int):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, query: Tensor, context: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Let each query attend the context.
+
+        Args:
+            query: (B, Q, dim).
+            context: (B, K, dim), the keys and values.
+            keep: bool (B, K), True where a key may be attended; None = everywhere.
+
+        Returns:
+            (B, Q, dim)
+        """
+        q = self._split(self.query(query))
+        k, v = self._split(self.key(context)), self._split(self.value(context))
+        mask = None if keep is None else keep[:, None, None, :]
+        return self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class MLP(nn.Sequential):
+    """Linear, activation, Linear over the last dimension."""
+
+    def __init__(
+        self, *, dim: int, hidden_dim: int, out_dim: int, activation: type[nn.Module] = nn.GELU
+    ):
+        super().__init__(
+            nn.Linear(dim, hidden_dim), activation(), nn.Linear(hidden_dim, out_dim)
+        )
+
+
+def drop_path_scale(batch_size: int, probability: float, like: Tensor) -> Tensor:
+    """Draw a stochastic-depth factor per sample: 0 or 1/(1-p), shape (B, 1, 1), dtype of ``like``."""
+    keep = 1.0 - probability
+    return like.new_empty(batch_size, 1, 1).bernoulli_(keep) / keep
+
+

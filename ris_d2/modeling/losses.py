@@ -1,0 +1,17 @@
+"""Mask losses that more than one method uses. All return one value per expression, in fp32."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mask_bce(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy, mean over pixels: logits (E, H, W), targets (E, H, W) in {0, 1} -> (E,)."""
+    loss = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
+    return loss.flatten(1).mean(1)
+
+
+def mask_dice(logits: Tensor, targets: Tensor) -> Tensor:
+    """Dice loss 1 - (2 sum(pg) + 1) / (sum p + sum g + 1): (E, H, W), (E, H, W) -> (E,)."""
+    probabilities, targets = logits.float().sigmoid().flatten(1), targets.float().flatten(1)
+    overlap = (probabilities * targets).sum(1)
+    return 1 - (2 * overlap + 1) / (probabilities.sum(1) + targets.sum(1) + 1)

@@ -1,0 +1,346 @@
+"""ReferringSegmenter: what every method of ris_d2 has in common as a detectron2 meta-architecture."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+
+from .layers import ExistenceHead
+
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_NO_TARGET = ("none", "area", "head")
+
+
+class ReferringSegmenter(nn.Module):
+    """Base of the meta-architectures: images and sentences in, losses or masks out.
+
+    A method implements two hooks, ``encode_images`` (once per image) and ``segment`` (once per expression), and
+    ``mask_losses``. The base collates, normalises and pads, autocasts, freezes, slices expressions in
+    evaluation with image features kept, and restores masks to the requested size.
+
+    The last line of a method's constructor calls ``freeze_parts()``.
+    """
+
+    # MODEL.INIT source -> path of the sub-module that its weights fill, e.g. {"beit3": "encoder"}.
+    weight_parts: Mapping[str, str] = {}
+    # Methods that mask padded tokens everywhere may have them cut off before they compute anything.
+    trims_text = False
+
+    def __init__(
+        self,
+        *,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        input_size: tuple[int, int],
+        precision: str = "fp32",
+        freeze: Mapping[str, str] | None = None,
+        no_target: str = "none",
+        sentence_dim: int | None = None,
+        existence_weight: float = 1.0,
+        existence_threshold: float = 0.5,
+        min_area: int = 50,
+        mask_threshold: float = 0.5,
+        sigmoid_first: bool = True,
+        threshold_first: bool = False,
+        max_expressions: int = 32,
+    ):
+        """
+        Args:
+            pixel_mean, pixel_std: per RGB channel, in 0..255.
+            input_size: (height, width) that smaller images are padded to with zeros after normalisation.
+            precision: fp32, bf16 or fp16; the autocast dtype of the forward pass.
+            freeze: part -> "eval" or "train": parts without gradients and the mode they stay in.
+            no_target: none, area or head; see MODEL.RIS.NO_TARGET.
+            sentence_dim: channels of ``outputs["sentence"]``; with no_target "head" the base builds an
+                ExistenceHead on it. None for methods that decide themselves.
+            max_expressions: expressions segmented at once in evaluation.
+
+        Raises:
+            ValueError: for an unknown precision or no_target.
+        """
+        super().__init__()
+        if precision not in _DTYPES:
+            raise ValueError(f"MODEL.RIS.PRECISION is {precision!r}, not one of {list(_DTYPES)}")
+        if no_target not in _NO_TARGET:
+            raise ValueError(f"MODEL.RIS.NO_TARGET is {no_target!r}, not one of {_NO_TARGET}")
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.input_size = tuple(input_size)
+        self.precision = precision
+        self.freeze = dict(freeze or {})
+        self.no_target = no_target
+        has_head = no_target == "head" and sentence_dim is not None
+        self.existence_head = ExistenceHead(dim=sentence_dim) if has_head else None
+        self.existence_weight = existence_weight
+        self.existence_threshold = existence_threshold
+        self.min_area = min_area
+        self.mask_threshold = mask_threshold
+        self.sigmoid_first = sigmoid_first
+        self.threshold_first = threshold_first
+        self.max_expressions = max_expressions
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """The arguments of the base; a method adds its own to this dict."""
+        ris = cfg.MODEL.RIS
+        return {
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_size": cfg.INPUT.RIS.SIZE,
+            "precision": ris.PRECISION,
+            "freeze": ris.FREEZE,
+            "no_target": ris.NO_TARGET,
+            "existence_weight": ris.EXISTENCE_WEIGHT,
+            "existence_threshold": ris.EXISTENCE_THRESHOLD,
+            "min_area": cfg.TEST.NO_TARGET_MIN_AREA,
+            "mask_threshold": ris.MASK_THRESHOLD,
+            "sigmoid_first": ris.SIGMOID_FIRST,
+            "threshold_first": ris.THRESHOLD_FIRST,
+            "max_expressions": cfg.TEST.MAX_EXPRESSIONS,
+        }
+
+    # The hooks of a method.
+
+    def encode_images(self, images: Tensor, views: dict[str, Tensor]) -> Any:
+        """Compute what does not depend on language.
+
+        Args:
+            images: (B, 3, H, W), normalised and padded.
+            views: further resizings of the same images, name -> (B, 3, h, w).
+
+        Returns:
+            whatever ``segment`` takes as features.
+        """
+        raise NotImplementedError
+
+    def segment(
+        self, features: Any, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
+    ) -> dict[str, Tensor]:
+        """Segment E expressions.
+
+        Args:
+            features: of ``encode_images``.
+            image_index: int64 (E,), the row of the image that each expression belongs to.
+            input_ids: int64 (E, L).
+            text_mask: bool (E, L), True = real token.
+
+        Returns:
+            at least "mask_logits" (E, h, w), and "sentence" (E, sentence_dim) if the method asked for
+            an existence head.
+        """
+        raise NotImplementedError
+
+    def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
+        """Weighted losses per expression.
+
+        Args:
+            outputs: of ``segment``.
+            masks: bool (E, H, W) referred masks at the input size; all False = no target.
+
+        Returns:
+            name (starting with "loss") -> (E,)
+        """
+        raise NotImplementedError
+
+    # detectron2's contract.
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
+        """
+        Args:
+            batched_inputs: one dict per unit, as ReferringMapper makes them: "image" uint8 (3, h, w),
+                "views", "input_ids" int64 (E, L), "text_mask" bool (E, L); in training "instances"
+                with gt_masks (N, h, w) and "targets" bool (E, N); in evaluation "height", "width",
+                "content_box" (x0, y0, x1, y1) in input pixels, "expressions".
+
+        Returns:
+            training: name -> scalar loss, means over the expressions of all processes.
+            evaluation: per unit {"referring": [...]}, one dict per expression: "expression_id", "mask"
+            bool (height, width) on the model's device, "score" (existence probability if there is a
+            head, else the highest mask probability), "no_target", "instances".
+        """
+        if self.training:
+            return self._training_step(batched_inputs)
+        return self._inference(batched_inputs)
+
+    def train(self, mode: bool = True) -> "ReferringSegmenter":
+        super().train(mode)
+        for part, part_mode in self.freeze.items():
+            self.get_submodule(part).train(mode and part_mode == "train")
+        return self
+
+    def freeze_parts(self) -> None:
+        """Stop the gradients of the parts named in ``freeze``.
+
+        Raises:
+            ValueError: for an unknown part or mode.
+        """
+        for part, mode in self.freeze.items():
+            if mode not in ("eval", "train"):
+                raise ValueError(f"MODEL.RIS.FREEZE.{part} is {mode!r}, not eval or train")
+            try:
+                self.get_submodule(part).requires_grad_(False)
+            except AttributeError:
+                parts = [name for name, _ in self.named_children()]
+                raise ValueError(f"MODEL.RIS.FREEZE names {part!r}; the parts are {parts}") from None
+        self.train(self.training)
+
+    # What the base does.
+
+    def _training_step(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        image_index, input_ids, text_mask = self._collate_text(batched_inputs)
+        with self._autocast():
+            features = self.encode_images(*self._collate_images(batched_inputs))
+            outputs = self.segment(features, image_index, input_ids, text_mask)
+            if self.existence_head is not None:
+                outputs["existence_logits"] = self.existence_head(outputs["sentence"])
+        masks = self._referred_masks(batched_inputs)
+        losses = self.mask_losses(outputs, masks)
+        if self.existence_head is not None:
+            exists = torch.cat([x["targets"].any(1) for x in batched_inputs]).to(self.device)
+            losses["loss_existence"] = self.existence_weight * F.binary_cross_entropy_with_logits(
+                outputs["existence_logits"].float(), exists.float(), reduction="none"
+            )
+        count = _mean_over_processes(len(input_ids), self.device)
+        return {name: loss.sum() / count for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def _inference(self, batched_inputs: list[dict]) -> list[dict]:
+        image_index, input_ids, text_mask = self._collate_text(batched_inputs)
+        with self._autocast():
+            features = self.encode_images(*self._collate_images(batched_inputs))
+        results: list[dict] = []
+        owners = [(x, e) for x in batched_inputs for e in x["expressions"]]
+        for start in range(0, len(input_ids), self.max_expressions):
+            part = slice(start, start + self.max_expressions)
+            with self._autocast():
+                outputs = self.segment(features, image_index[part], input_ids[part], text_mask[part])
+                if self.existence_head is not None:
+                    outputs["existence_logits"] = self.existence_head(outputs["sentence"])
+            results.extend(self._results(outputs, owners[part]))
+        remaining = iter(results)
+        return [{"referring": [next(remaining) for _ in x["expressions"]]} for x in batched_inputs]
+
+    def _results(
+        self, outputs: dict[str, Tensor], owners: Sequence[tuple[dict, dict]]
+    ) -> list[dict]:
+        """Outputs of E expressions and the (input, expression) each belongs to -> E results."""
+        logits = outputs["mask_logits"].float()
+        if self.existence_head is not None:
+            scores = outputs["existence_logits"].float().sigmoid()
+        else:
+            scores = logits.flatten(1).max(1).values.sigmoid()
+        results = []
+        for group in _runs([id(x) for x, _ in owners]):  # expressions of one image share its geometry
+            masks = self._restore(logits[group], owners[group.start][0])
+            if self.no_target == "area":
+                absent = masks.flatten(1).sum(1) < self.min_area
+            elif self.existence_head is not None:
+                absent = scores[group] < self.existence_threshold
+            else:
+                absent = torch.zeros(len(masks), dtype=torch.bool, device=masks.device)
+            masks &= ~absent[:, None, None]
+            rows = zip(owners[group], masks, scores[group].tolist(), absent.tolist(), strict=True)
+            results.extend(
+                {
+                    "expression_id": expression["expression_id"],
+                    "mask": mask,
+                    "score": score,
+                    "no_target": no_target,
+                    "instances": None,
+                }
+                for (_, expression), mask, score, no_target in rows
+            )
+        return results
+
+    def _restore(self, logits: Tensor, inputs: dict) -> Tensor:
+        """Mask logits (E, h, w) of one image -> bool (E, height, width)."""
+        maps = logits.sigmoid() if self.sigmoid_first or self.threshold_first else logits
+        mode = "bilinear"
+        if self.threshold_first:
+            maps, mode = (maps > self.mask_threshold).float(), "nearest"
+        maps = maps[None]
+        x0, y0, x1, y1 = (round(v) for v in inputs["content_box"])
+        if (x0, y0, x1, y1) != (0, 0, self.input_size[1], self.input_size[0]):
+            maps = _resize(maps, self.input_size, mode)[..., y0:y1, x0:x1]
+        maps = _resize(maps, (inputs["height"], inputs["width"]), mode)[0]
+        if self.threshold_first:
+            return maps > 0.5
+        return (maps if self.sigmoid_first else maps.sigmoid()) > self.mask_threshold
+
+    def _collate_images(self, batched_inputs: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
+        height, width = self.input_size
+        images = self.pixel_mean.new_zeros(len(batched_inputs), 3, height, width)
+        for row, x in zip(images, batched_inputs, strict=True):
+            h, w = x["image"].shape[-2:]
+            if h > height or w > width:
+                raise ValueError(
+                    f"{x.get('file_name', 'image')}: input of {h}x{w} exceeds INPUT.RIS.SIZE {height}x{width}"
+                )
+            row[:, :h, :w] = self._normalize(x["image"])
+        names = batched_inputs[0].get("views", {})
+        views = {
+            name: torch.stack([self._normalize(x["views"][name]) for x in batched_inputs])
+            for name in names
+        }
+        return images, views
+
+    def _normalize(self, image: Tensor) -> Tensor:
+        return (image.to(self.device) - self.pixel_mean) / self.pixel_std
+
+    def _collate_text(self, batched_inputs: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
+        counts = torch.tensor([len(x["input_ids"]) for x in batched_inputs])
+        image_index = torch.arange(len(counts)).repeat_interleave(counts)
+        input_ids = torch.cat([x["input_ids"] for x in batched_inputs])
+        text_mask = torch.cat([x["text_mask"] for x in batched_inputs])
+        if self.trims_text:
+            length = int(text_mask.sum(1).max())
+            input_ids, text_mask = input_ids[:, :length], text_mask[:, :length]
+        return tuple(x.to(self.device) for x in (image_index, input_ids, text_mask))
+
+    def _referred_masks(self, batched_inputs: list[dict]) -> Tensor:
+        """Union of each expression's instances: bool (sum E, H, W) at the padded input size."""
+        height, width = self.input_size
+        masks = []
+        for x in batched_inputs:
+            targets = x["targets"].to(self.device)
+            instances = x["instances"].gt_masks.tensor.to(self.device)
+            union = targets.float() @ instances.flatten(1).float() > 0
+            h, w = x["image"].shape[-2:]
+            masks.append(F.pad(union.view(-1, h, w), (0, width - w, 0, height - h)))
+        return torch.cat(masks)
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        dtype = _DTYPES[self.precision]
+        if dtype is None:
+            return contextlib.nullcontext()
+        if dtype is torch.float16 and self.device.type == "cpu":
+            raise ValueError("MODEL.RIS.PRECISION fp16 needs a GPU; use bf16 on a CPU")
+        return torch.autocast(self.device.type, dtype)
+
+
+def _resize(maps: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    align = {"align_corners": False} if mode == "bilinear" else {}
+    return F.interpolate(maps, size=tuple(size), mode=mode, **align)
+
+
+def _runs(keys: Sequence[int]) -> list[slice]:
+    """Slices of equal neighbours."""
+    starts = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(keys)], strict=True)]
+
+
+def _mean_over_processes(count: int, device: torch.device) -> float:
+    """Mean of ``count`` over the processes, so that DDP's mean of gradients is the mean over samples."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return float(count)
+    total = torch.tensor(float(count), device=device)
+    torch.distributed.all_reduce(total)
+    return total.item() / torch.distributed.get_world_size()

@@ -1,0 +1,3 @@
+from .shared_ris import SharedRIS
+
+__all__ = ["SharedRIS"]

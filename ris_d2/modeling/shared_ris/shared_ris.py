@@ -1,0 +1,127 @@
+"""Shared-RIS: "A Simple Baseline with Single-encoder for Referring Image Segmentation" (Yu et al.)."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import Tensor
+
+from ..backbone import RISBEiT3
+from ..losses import mask_bce, mask_dice
+from ..segmenter import ReferringSegmenter
+from .decoder import SharedMaskDecoder
+from .fpn import LastLayer, SharedFPN
+
+
+@META_ARCH_REGISTRY.register()
+class SharedRIS(ReferringSegmenter):
+    """Fig. 3: shared encoder (BEiT-3) -> shared FPN -> shared mask decoder.
+
+    Image and sentence meet in the first layer, so only the patch embedding is per image.
+    """
+
+    weight_parts = {"beit3": "encoder"}
+    trims_text = True
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        encoder: RISBEiT3,
+        fpn: SharedFPN | LastLayer,
+        decoder: SharedMaskDecoder,
+        bce_weight: float,
+        dice_weight: float,
+        loss_at_input_size: bool,
+        **segmenter: Any,
+    ):
+        """
+        Args:
+            bce_weight, dice_weight: lambda_bce and lambda_dice of Eq. 12.
+            loss_at_input_size: upsample logits to the input for the loss, instead of shrinking the
+                ground truth to the prediction.
+            segmenter: see ReferringSegmenter.
+        """
+        super().__init__(**segmenter)
+        self.encoder = encoder
+        self.fpn = fpn
+        self.decoder = decoder
+        self.bce_weight = bce_weight
+        self.dice_weight = dice_weight
+        self.loss_at_input_size = loss_at_input_size
+        self.freeze_parts()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        shared = cfg.MODEL.SHARED_RIS
+        # h_j is the residual stream (Eq. 4 and 5): the encoder's last LayerNorm has no reader.
+        encoder = RISBEiT3(**RISBEiT3.from_config(cfg), final_norm=False)
+        if shared.STAGES:
+            if shared.STAGES[-1] != encoder.depth or list(shared.STAGES) != sorted(
+                set(shared.STAGES)
+            ):
+                raise ValueError(
+                    f"MODEL.SHARED_RIS.STAGES is {shared.STAGES}; it must increase and end with the "
+                    f"encoder's last layer, {encoder.depth} (layers above would never be trained)"
+                )
+            fpn = SharedFPN(
+                stages=shared.STAGES,
+                in_dim=encoder.embed_dim,
+                dim=shared.DIM,
+                num_heads=shared.NUM_HEADS,
+                fusion=shared.FPN_FUSION,
+                proj_per_modality=shared.PROJ_PER_MODALITY,
+            )
+        else:
+            fpn = LastLayer(
+                depth=encoder.depth,
+                in_dim=encoder.embed_dim,
+                dim=shared.DIM,
+                proj_per_modality=shared.PROJ_PER_MODALITY,
+            )
+        if shared.LOSS_RESOLUTION not in ("mask", "input"):
+            raise ValueError(
+                f"MODEL.SHARED_RIS.LOSS_RESOLUTION is {shared.LOSS_RESOLUTION!r}, not mask or input"
+            )
+        return {
+            **super().from_config(cfg),
+            "sentence_dim": shared.DIM,
+            "encoder": encoder,
+            "fpn": fpn,
+            "decoder": SharedMaskDecoder(
+                dim=shared.DIM,
+                num_heads=shared.NUM_HEADS,
+                num_layers=shared.DECODER_LAYERS,
+                fusion=shared.DECODER_FUSION,
+                grid=encoder.grid,
+                norm=shared.NORM,
+            ),
+            "bce_weight": shared.BCE_WEIGHT,
+            "dice_weight": shared.DICE_WEIGHT,
+            "loss_at_input_size": shared.LOSS_RESOLUTION == "input",
+        }
+
+    def encode_images(self, images: Tensor, views: dict[str, Tensor]) -> Tensor:
+        return self.encoder.embed_image(images)
+
+    def segment(
+        self, features: Tensor, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
+    ) -> dict[str, Tensor]:
+        text = self.encoder.embed_text(input_ids, text_mask)
+        states = self.encoder.encode(features[image_index], text, text_mask, taps=self.fpn.stages)
+        logits, sentence = self.decoder(self.fpn(states, text_mask), text_mask)
+        return {"mask_logits": logits, "sentence": sentence}
+
+    def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
+        logits, masks = outputs["mask_logits"], masks.float()
+        if self.loss_at_input_size:
+            logits = F.interpolate(
+                logits[None], size=masks.shape[-2:], mode="bilinear", align_corners=False
+            )[0]
+        else:
+            masks = F.interpolate(masks[None], size=logits.shape[-2:], mode="nearest")[0]
+        return {
+            "loss_bce": self.bce_weight * mask_bce(logits, masks),
+            "loss_dice": self.dice_weight * mask_dice(logits, masks),
+        }
