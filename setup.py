@@ -1,0 +1,31 @@
+from setuptools import find_packages, setup
+
+# Two things that ris_d2 needs are missing from install_requires on purpose; ris_d2/_dependencies.py
+# says how to get them where they are absent:
+# - detectron2 is not on PyPI under its own name, and an install from its sources, conda-forge or
+#   tools/install_detectron2.py must all do.
+# - OpenCV is one module from several distributions (opencv-python, -headless, ...). To name one would
+#   put a second copy of cv2 beside the other, and opencv-python does not even import without libGL.
+setup(
+    name="ris_d2",
+    version="0.1.0",
+    description="Referring image segmentation for detectron2",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ris_d2", "ris_d2.*"]),
+    install_requires=[
+        "torch>=2.0",
+        "torchvision",
+        "numpy",
+        "Pillow",
+        "pycocotools>=2.0.2",
+        "fvcore",
+        "iopath",
+        "timm>=1.0",
+        "transformers",
+    ],
+    extras_require={
+        "opencv": ["opencv-python-headless"],
+        "beit3": ["sentencepiece", "protobuf"],  # reads beit3.spm
+        "dev": ["pytest"],
+    },
+)
