@@ -25,7 +25,7 @@ $(INSTALLED): setup.py tools/install_detectron2.py
 	@echo "[1/4] virtual environment $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "[2/4] torch, torchvision: about 3 GB, one or two minutes on a fast line"
-	@$(PIP_INSTALL) torch torchvision setuptools
+	@$(PIP_INSTALL) torch torchvision 'setuptools>=70.1'
 	@echo "[3/4] detectron2"
 	@$(BIN)/python tools/install_detectron2.py
 	@echo "[4/4] ris_d2 (editable) and what it requires"

@@ -232,20 +232,25 @@ def download_sdist(directory: Path) -> Path:
     """Download the pinned sdist into ``directory`` with pip and return its path.
 
     Raises:
-        SystemExit: torch or pip is missing, or pip failed (no network, hash mismatch).
+        SystemExit: torch, setuptools or pip is missing, or pip failed (no network, hash mismatch).
     """
-    if importlib.util.find_spec("torch") is None:  # pip runs the sdist's setup.py, which imports it
-        raise SystemExit("Install torch first: pip install torch torchvision setuptools")
+    # pip runs the sdist's setup.py, which imports torch, by setuptools' own bdist_wheel (from 70.1 on).
+    if importlib.util.find_spec("torch") is None or installed_version("setuptools") < (70, 1):
+        raise SystemExit(
+            "Install these first: pip install torch torchvision 'setuptools>=70.1'"
+        )
+    if installed_version("pip") == (0, 0):
+        raise SystemExit(f"This Python has no pip: {sys.executable} -m ensurepip")
     requirements = directory / "requirements.txt"
     requirements.write_text(f"{SDIST} --hash=sha256:{SHA256}\n")
     command = [*PIP, "download", *QUIET, "--no-deps", "--no-build-isolation"]
     command += ["--no-binary", ":all:", "--require-hashes", "-r", str(requirements)]
     environment = dict(os.environ)
     try:
-        if pip_version() >= (26, 3):
+        if installed_version("pip") >= (26, 3):
             # From 26.3 on, pip refuses every file of PyPI whose metadata names a URL, here in an
             # extra that nobody asks for. An earlier pip, beside the installed one, still takes it.
-            print("fetching a pip before 26.3 into a temporary directory, to download the sdist")
+            print("fetching a pip before 26.3 into a temporary directory", flush=True)
             earlier = directory / "pip"
             subprocess.run(
                 [*PIP, "install", *QUIET, "--target", str(earlier), "pip<26.3"], check=True
@@ -265,16 +270,12 @@ def download_sdist(directory: Path) -> Path:
     return sdist
 
 
-def pip_version() -> tuple[int, int]:
-    """Return (major, minor) of the pip that belongs to this Python.
-
-    Raises:
-        SystemExit: this Python has no pip.
-    """
+def installed_version(distribution: str) -> tuple[int, int]:
+    """Return (major, minor) of an installed distribution; (0, 0) where there is none."""
     try:
-        version = metadata.version("pip")
-    except metadata.PackageNotFoundError as error:
-        raise SystemExit(f"This Python has no pip: {sys.executable} -m ensurepip") from error
+        version = metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return 0, 0
     major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
     return int(major), int(minor)
 

@@ -75,8 +75,15 @@ def commands(installer, monkeypatch):
     return recorded
 
 
-def use_pip(monkeypatch, version):
-    monkeypatch.setattr(metadata, "version", {"pip": version}.__getitem__)
+def use_versions(monkeypatch, **versions):
+    """Make ``versions`` the only installed distributions."""
+
+    def version(name):
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(metadata, "version", version)
 
 
 def test_wheel_holds_the_patched_files_and_nothing_else(installer, make_sdist, tmp_path):
@@ -161,7 +168,7 @@ def test_offline_says_how_to_go_on(installer, monkeypatch, tmp_path):
     def fail(command, **kwargs):
         raise subprocess.CalledProcessError(1, command)
 
-    use_pip(monkeypatch, "25.3")
+    use_versions(monkeypatch, pip="25.3", setuptools="84.2.1")
     monkeypatch.setattr(installer.subprocess, "run", fail)
     with pytest.raises(SystemExit) as stop:
         installer.download_sdist(tmp_path)
@@ -170,7 +177,7 @@ def test_offline_says_how_to_go_on(installer, monkeypatch, tmp_path):
 
 
 def test_download_is_pinned_by_hash(installer, commands, monkeypatch, tmp_path):
-    use_pip(monkeypatch, "26.2.1")
+    use_versions(monkeypatch, pip="26.2.1", setuptools="84.2.1")
     assert installer.download_sdist(tmp_path) == tmp_path / "pb1-detectron2-0.6.tar.gz"
     ((command, _),) = commands
     assert "--require-hashes" in command and "--no-deps" in command
@@ -179,7 +186,7 @@ def test_download_is_pinned_by_hash(installer, commands, monkeypatch, tmp_path):
 
 
 def test_pip_26_3_downloads_through_an_earlier_pip(installer, commands, monkeypatch, tmp_path):
-    use_pip(monkeypatch, "26.3")
+    use_versions(monkeypatch, pip="26.3", setuptools="84.2.1")
     monkeypatch.setenv("PYTHONPATH", "mine")
     installer.download_sdist(tmp_path)
     (fetch, _), (download, environment) = commands
@@ -189,17 +196,24 @@ def test_pip_26_3_downloads_through_an_earlier_pip(installer, commands, monkeypa
     assert "--require-hashes" in download
 
 
-def test_without_torch_or_pip_it_says_what_to_install(installer, monkeypatch, tmp_path):
-    monkeypatch.setattr(installer.metadata, "version", _not_found)
-    with pytest.raises(SystemExit, match="ensurepip"):
+@pytest.mark.parametrize(
+    "versions, message",
+    [
+        ({"setuptools": "84.2.1"}, "has no pip: .* -m ensurepip"),
+        ({"pip": "25.3"}, "pip install torch torchvision 'setuptools>=70.1'"),
+        ({"pip": "25.3", "setuptools": "70.0.0"}, "setuptools>=70.1"),
+    ],
+)
+def test_what_the_download_needs_is_said(installer, monkeypatch, tmp_path, versions, message):
+    use_versions(monkeypatch, **versions)
+    with pytest.raises(SystemExit, match=message):
         installer.download_sdist(tmp_path)
+
+
+def test_without_torch_it_says_what_to_install(installer, monkeypatch, tmp_path):
     monkeypatch.setattr(installer.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="Install torch first"):
+    with pytest.raises(SystemExit, match="pip install torch torchvision"):
         installer.download_sdist(tmp_path)
-
-
-def _not_found(name):
-    raise metadata.PackageNotFoundError(name)
 
 
 def test_failing_pip_install_is_an_error(installer, make_sdist, monkeypatch):
