@@ -4,8 +4,8 @@
 An importable detectron2 (official main or v0.6, conda-forge) is left alone. Otherwise one source
 distribution is downloaded by hash (a third party's re-upload of the official v0.6: its Python files
 are the tag's, byte for byte), a table of small substitutions makes it run without compiled code on
-today's Python, torch, numpy and setuptools, and the result is packed as a wheel named ``detectron2``
-that pip installs together with what it requires.
+today's Python, torch, numpy and setuptools, and the result is packed as a wheel named
+``detectron2`` that pip installs together with what it requires.
 
 Needs the standard library, pip and an installed torch. Without network: build the wheel elsewhere
 with ``--wheel-dir DIR`` and ``pip install`` it, or pass the downloaded file with ``--sdist FILE``.
@@ -32,7 +32,7 @@ SDIST = "pb1-detectron2==0.6"
 SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
 VERSION = "0.6+py"
 DIST_INFO = f"detectron2-{VERSION}.dist-info"
-# setup.py's list without what only compiled or lazily imported parts use (black, hydra-core, pydot).
+# setup.py's list without what only lazily imported or dead code uses (black, hydra-core, pydot).
 REQUIRES = (
     "Pillow>=7.1",
     "matplotlib",
@@ -210,7 +210,7 @@ def find_detectron2() -> str | None:
     """Return the path of this Python's detectron2, or None where there is none.
 
     Raises:
-        SystemExit: there is one and it does not import; it is somebody's install, not ours to replace.
+        SystemExit: there is one that does not import; it is somebody's, not ours to replace.
     """
     with tempfile.TemporaryDirectory() as empty:  # a working directory that shadows nothing
         probe = subprocess.run(
@@ -234,7 +234,7 @@ def download_sdist(directory: Path) -> Path:
     Raises:
         SystemExit: torch, setuptools or pip is missing, or pip failed (no network, hash mismatch).
     """
-    # pip runs the sdist's setup.py, which imports torch, by setuptools' own bdist_wheel (from 70.1 on).
+    # pip runs the sdist's setup.py (it imports torch) by the bdist_wheel that setuptools 70.1 has.
     if importlib.util.find_spec("torch") is None or installed_version("setuptools") < (70, 1):
         raise SystemExit(
             "Install these first: pip install torch torchvision 'setuptools>=70.1'"
@@ -283,10 +283,10 @@ def installed_version(distribution: str) -> tuple[int, int]:
 def build_wheel(sdist: Path, directory: Path) -> Path:
     """Write the wheel of the patched ``sdist`` into ``directory`` (created) and return its path.
 
-    The same sdist gives the same bytes. Format: the binary distribution format of packaging.python.org.
+    The same sdist gives the same bytes. Format: the Binary distribution format of PyPA.
 
     Raises:
-        SystemExit: the file is missing, has another hash, or does not contain what is to be patched.
+        SystemExit: the file is missing, has another hash, or lacks what is to be patched.
     """
     files = read_sdist(sdist)
     apply_patches(files)

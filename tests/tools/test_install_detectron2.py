@@ -1,4 +1,4 @@
-"""tools/install_detectron2.py on a small stand-in for the sdist; nothing here touches the network."""
+"""tools/install_detectron2.py on a small stand-in for the sdist; the network is not touched."""
 
 import hashlib
 import importlib.util
@@ -61,7 +61,7 @@ def make_sdist(installer, monkeypatch, tmp_path):
 
 @pytest.fixture
 def commands(installer, monkeypatch):
-    """Record the subprocesses instead of running them; returns the list of (command, environment)."""
+    """Record subprocesses instead of running them; returns the list of (command, environment)."""
     recorded = []
 
     def run(command, env=None, **kwargs):
