@@ -1,0 +1,333 @@
+"""Placing weights in a model, with an account of what was used, and checkpoints that are whole or refused."""
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import Tensor, nn
+
+from ..io import atomic_write
+from .converters import convert_state_dict, get_converter, unwrap_state_dict
+from .files import file_hash, read_weights
+from .paths import local_path
+
+__all__ = ["RISCheckpointer", "load_init"]
+
+logger = logging.getLogger(__name__)
+
+# A checkpoint that starts a training (MODEL.WEIGHTS) must fill, together with MODEL.INIT, at least this
+# share of the parameters, counted by elements: enough for a new head, too much for another method.
+MIN_FILLED = 0.9
+# State that the config or the next step gives anyway.
+_NEGLIGIBLE = ("pixel_mean", "pixel_std", "num_batches_tracked")
+
+
+@dataclasses.dataclass
+class _Fit:
+    """How a state dict meets a module: what is usable, and what is not."""
+
+    used: dict[str, Tensor]
+    resized: list[str]
+    ignored: list[str]
+    missing: list[str]
+    misshapen: list[str]
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{len(names)} {what}{_some(names) if what != 'used' else ''}"
+            for what, names in (
+                ("used", list(self.used)),
+                ("resized", self.resized),
+                ("ignored", self.ignored),
+                ("missing", self.missing),
+                ("of another shape", self.misshapen),
+            )
+        )
+
+
+def load_init(model: nn.Module, init: Iterable[Sequence[str]]) -> dict[str, tuple[str, str]]:
+    """Fill parts of ``model`` with published weights (MODEL.INIT).
+
+    Each file is read, converted, fitted to the part ``model.weight_parts[source]`` (by the
+    ``fit_state_dict`` of its modules, where sizes differ) and loaded. The log says what was used,
+    resized, ignored and missing.
+
+    Args:
+        model: a meta-architecture with ``weight_parts``: source -> path of a sub-module.
+        init: (source, path) pairs; a path is a file or a URL (https://, hf://, timm://).
+
+    Returns:
+        name in the model -> the (source, path) that filled it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unknown source, a source that the model has no part for, a damaged file, or one
+            that leaves some of the part unfilled (beyond what its format may miss).
+    """
+    filled = {}
+    for source, path in init:
+        converter = get_converter(source)
+        part_name = _part_name(model, source)
+        part = model.get_submodule(part_name)
+        published = read_weights(local_path(path))
+        state_dict = _converted(published, source, path)
+        fit = _fit(part, state_dict)
+        fit.ignored += sorted(_dropped_by_conversion(published, state_dict))
+        logger.info("MODEL.INIT %s from %s into %s: %s", source, path, part_name or "model", fit)
+        unfilled = [
+            name
+            for name in fit.missing + fit.misshapen
+            if not any(re.search(pattern, name) for pattern in converter.may_miss)
+        ]
+        if unfilled:
+            raise ValueError(
+                f"{path} ({source}) leaves {len(unfilled)} of {len(part.state_dict())} tensors of "
+                f"{type(part).__name__} unfilled:{_some(unfilled)}; does the config describe the "
+                "same architecture (depth, width, patch size, vocabulary)?"
+            )
+        part.load_state_dict(fit.used, strict=False)
+        prefix = f"{part_name}." if part_name else ""
+        filled.update({prefix + name: (source, path) for name in fit.used})
+    return filled
+
+
+class RISCheckpointer(DetectionCheckpointer):
+    """detectron2's checkpointer with MODEL.INIT, an account of every load, and refusal of what does not fit.
+
+    Files are read without running what they name, and written whole or not at all. With
+    ``save_frozen`` False, frozen parameters that came from MODEL.INIT are left out of the file, which
+    then names their sources under "frozen_sources": [[source, path, SHA-256], ...]. Buffers always
+    stay in (they are small, and BatchNorm may move in a frozen part). Loading such a file, on resume
+    too, loads the sources first; a source that moved is also looked for in ``init``.
+
+    Args:
+        model: the model, or its DistributedDataParallel wrapper.
+        save_dir: directory of checkpoints.
+        init: MODEL.INIT, (source, path) pairs; read when the checkpoint does not hold everything.
+        save_frozen: MODEL.SAVE_FROZEN.
+        save_to_disk: whether this process writes; None = the main process does.
+        checkpointables: further objects with state_dict() and load_state_dict().
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        init: Iterable[Sequence[str]] = (),
+        save_frozen: bool = True,
+        save_to_disk: bool | None = None,
+        **checkpointables: Any,
+    ):
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.init = [tuple(pair) for pair in init]
+        self.save_frozen = save_frozen
+        self._filled_by_init: dict[str, tuple[str, str]] = {}
+        self._hashes: dict[str, str] = {}
+        self._loading = ""
+        self._required = 1.0
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Fill the model from MODEL.INIT and ``path``.
+
+        Args:
+            path: a checkpoint (file or URL); "" fills from MODEL.INIT alone.
+            checkpointables: which further objects to load. None (resuming, evaluating) means all, and
+                the checkpoint must then fill the whole model; [] (MODEL.WEIGHTS as the start of a
+                training, as ``resume_or_load`` calls it) accepts 90 % of the parameters.
+
+        Returns:
+            what else the file holds.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: damaged, of another method, fills too little, or a frozen source is missing
+                or has another hash. The model is not changed by the checkpoint then.
+        """
+        if not path:
+            logger.info("No checkpoint given: the model starts from MODEL.INIT and random numbers")
+            self._filled_by_init = load_init(self.model, self.init)
+            return {}
+        self._loading, self._required = path, 1.0 if checkpointables is None else MIN_FILLED
+        return super().load(local_path(path), checkpointables)
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write model, checkpointables and ``kwargs`` to ``<save_dir>/<name>.pth`` and tag it as the last."""
+        state = {key: item.state_dict() for key, item in self.checkpointables.items()}
+        if self._write(name, {**state, **kwargs}):
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_weights(self, name: str, **kwargs: Any) -> None:
+        """Write the model and ``kwargs`` alone; ``--resume`` does not start from such a file."""
+        self._write(name, kwargs)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:
+            file.write(last_filename_basename)
+
+    def _write(self, name: str, extra: Mapping[str, Any]) -> bool:
+        if not self.save_dir or not self.save_to_disk:
+            return False
+        state_dict = self.model.state_dict()
+        left_out = [] if self.save_frozen else self._reproducible_frozen_names()
+        for key in left_out:
+            del state_dict[key]
+        data = {"model": state_dict, **extra}
+        if left_out:
+            data["frozen_sources"] = self._describe_sources(left_out)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        logger.info("Saving checkpoint to %s (%d frozen tensors left out)", path, len(left_out))
+        with atomic_write(path, "wb") as file:
+            torch.save(data, file)
+        return True
+
+    def _reproducible_frozen_names(self) -> list[str]:
+        return [
+            name
+            for name, parameter in self.model.named_parameters()
+            if not parameter.requires_grad and name in self._filled_by_init
+        ]
+
+    def _describe_sources(self, names: Iterable[str]) -> list[list[str]]:
+        sources = sorted({self._filled_by_init[name] for name in names})
+        return [[source, path, self._hash(path)] for source, path in sources]
+
+    def _hash(self, path: str) -> str:
+        if path not in self._hashes:
+            self._hashes[path] = file_hash(local_path(path))
+        return self._hashes[path]
+
+    def _load_file(self, f: str) -> dict[str, Any]:
+        content = read_weights(f)
+        return content if isinstance(content.get("model"), Mapping) else {"model": content}
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> None:
+        try:
+            state_dict = unwrap_state_dict(checkpoint.pop("model"))
+        except ValueError as error:
+            raise ValueError(f"{self._loading}: {error}") from error
+        fit = _fit(self.model, state_dict)
+        init = self._frozen_sources(checkpoint.pop("frozen_sources", None))
+        if init is None and (fit.missing or fit.misshapen):
+            init = self.init
+        self._check_filled(fit, self._names_that_init_fills(init or []))
+        filled = load_init(self.model, init or [])
+        logger.info("Checkpoint %s: %s", self._loading, fit)
+        missing = [name for name in fit.missing + fit.misshapen if name not in filled]
+        if missing:
+            logger.warning("Neither file fills %d tensors:%s", len(missing), _some(missing))
+        self.model.load_state_dict(fit.used, strict=False)
+        self._filled_by_init = {k: v for k, v in filled.items() if k not in fit.used}
+
+    def _names_that_init_fills(self, init: Iterable[Sequence[str]]) -> set[str]:
+        parts = [_part_name(self.model, source) for source, _ in init]
+        return {
+            name
+            for name in self.model.state_dict()
+            if any(not part or name.startswith(f"{part}.") for part in parts)
+        }
+
+    def _frozen_sources(
+        self, recorded: Sequence[Sequence[str]] | None
+    ) -> list[tuple[str, str]] | None:
+        if recorded is None:
+            return None
+        return [self._find_source(*entry) for entry in recorded]
+
+    def _find_source(self, source: str, recorded_path: str, digest: str) -> tuple[str, str]:
+        """The file with that hash: where MODEL.INIT says, else where it was when the checkpoint was written."""
+        candidates = [path for kind, path in self.init if kind == source] + [recorded_path]
+        tried = []
+        for path in dict.fromkeys(candidates):
+            try:
+                found = self._hash(path)
+            except FileNotFoundError:
+                tried.append(f"{path} (not found)")
+                continue
+            if found == digest:
+                return source, path
+            tried.append(f"{path} (SHA-256 {found[:12]}...)")
+        raise ValueError(
+            f"{self._loading} leaves its frozen {source} weights out and needs the file with SHA-256 "
+            f"{digest[:12]}...; tried {', '.join(tried)}. Name it: MODEL.INIT '[[\"{source}\", PATH]]'"
+        )
+
+    def _check_filled(self, fit: _Fit, by_init: set[str]) -> None:
+        sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
+        filled = fit.used.keys() | by_init
+        unfilled = [n for n in fit.missing + fit.misshapen if n not in by_init]
+        share = sum(size for name, size in sizes.items() if name in filled) / max(
+            1, sum(sizes.values())
+        )
+        if share < self._required or (self._required == 1.0 and unfilled):
+            raise ValueError(
+                f"{self._loading} fills {share:.1%} of {type(self.model).__name__}'s parameters"
+                f" ({self._required:.0%} needed): {fit}. It is a checkpoint of another method, or of "
+                "another configuration of this one"
+            )
+
+
+def _part_name(model: nn.Module, source: str) -> str:
+    parts = getattr(model, "weight_parts", {})
+    if source not in parts:
+        raise ValueError(
+            f"MODEL.INIT names {source!r}, but {type(model).__name__} has parts for "
+            f"{', '.join(sorted(parts)) or 'no source'} only"
+        )
+    return parts[source]
+
+
+def _fit(module: nn.Module, state_dict: dict[str, Tensor]) -> _Fit:
+    """Compare ``state_dict`` with ``module``, after its sub-modules resized what they know how to resize."""
+    state_dict, resized = dict(state_dict), []
+    for name, child in module.named_modules():
+        if not hasattr(child, "fit_state_dict"):
+            continue
+        prefix = f"{name}." if name else ""
+        own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        if not own:
+            continue
+        fitted, names = child.fit_state_dict(own)
+        state_dict = {k: v for k, v in state_dict.items() if not k.startswith(prefix)}
+        state_dict.update({prefix + k: v for k, v in fitted.items()})
+        resized += [prefix + k for k in names]
+    expected = module.state_dict()
+    used, misshapen = {}, []
+    for name in expected.keys() & state_dict.keys():
+        if state_dict[name].shape == expected[name].shape:
+            used[name] = state_dict[name]
+        else:
+            misshapen.append(name)
+    missing = [
+        name for name in expected.keys() - state_dict.keys() if not name.endswith(_NEGLIGIBLE)
+    ]
+    ignored = sorted(state_dict.keys() - expected.keys())
+    return _Fit(used, resized, ignored, sorted(missing), sorted(misshapen))
+
+
+def _converted(published: Mapping[str, Any], source: str, path: str) -> dict[str, Tensor]:
+    """Convert a published file; one that tools/convert_checkpoint.py wrote is converted already."""
+    done = published.get("converted_from")
+    if done not in (None, source):
+        raise ValueError(f"{path}: converted from {done!r}, but MODEL.INIT gives it as {source!r}")
+    try:
+        return dict(published["model"]) if done else convert_state_dict(published, source)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _dropped_by_conversion(published: Mapping[str, Any], converted: Mapping[str, Tensor]) -> set[str]:
+    kept = {id(value) for value in converted.values()}
+    return {name for name, value in unwrap_state_dict(published).items() if id(value) not in kept}
+
+
+def _some(names: Sequence[str], limit: int = 6) -> str:
+    if not names:
+        return ""
+    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return f" ({', '.join(names[:limit])}{more})"

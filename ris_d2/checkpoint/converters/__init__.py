@@ -1,0 +1,45 @@
+"""Published weight formats -> the names of ris_d2; one file per format.
+
+To add a format, write ``converters/<source>.py`` with a ``CONVERTER`` and name it in ``CONVERTERS``.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from . import beit3
+from .base import Converter, unwrap_state_dict
+
+__all__ = ["CONVERTERS", "Converter", "convert_state_dict", "get_converter", "unwrap_state_dict"]
+
+CONVERTERS: dict[str, Converter] = {"beit3": beit3.CONVERTER}
+
+
+def get_converter(source: str) -> Converter:
+    """Return the converter of a published format.
+
+    Raises:
+        ValueError: unknown source; the known ones are listed.
+    """
+    if source not in CONVERTERS:
+        raise ValueError(f"unknown weight source {source!r}; known: {', '.join(sorted(CONVERTERS))}")
+    return CONVERTERS[source]
+
+
+def convert_state_dict(state_dict: Mapping, source: str) -> dict[str, Tensor]:
+    """Rename a published state dict to the names of ris_d2.
+
+    Args:
+        state_dict: name -> tensor, or a published file's whole content (see ``unwrap_state_dict``).
+        source: the format, a key of ``CONVERTERS``.
+
+    Returns:
+        name -> tensor: relative to the part for backbones (as the sub-module
+        ``model.weight_parts[source]`` has them), of the whole model for released methods. Tensors are
+        not copied.
+
+    Raises:
+        ValueError: unknown source, or the state dict is not of that format.
+    """
+    converter = get_converter(source)
+    return converter.convert(unwrap_state_dict(state_dict))
