@@ -1,0 +1,123 @@
+"""Masks from a file, scored against a registered dataset without any model."""
+
+import json
+import os
+from collections import OrderedDict, defaultdict
+from typing import Any
+
+import torch
+from detectron2.data import DatasetCatalog
+
+from ..masks import rasterize
+from .evaluator import ReferringEvaluator
+
+
+def score_predictions(
+    dataset_name: str,
+    path: str | os.PathLike,
+    *,
+    output_dir: str | None = None,
+    resolution: tuple[int, int] | None = None,
+) -> "OrderedDict[str, dict[str, float]]":
+    """Score a file of masks, each counted as given, in the way of ``ReferringEvaluator``.
+
+    The file holds one JSON object per line, in any order, exactly one per expression of the dataset:
+
+        {"expression_id": int, "segmentation": {"size": [height, width], "counts": str | list},
+         "no_target": bool (false), "score": float (null),
+         "image_id", "file_name", "source": only needed if the expression id alone is ambiguous}
+
+    Only the base name of file_name is compared. ReferringEvaluator(save_predictions=True) writes it.
+
+    Args:
+        dataset_name: registered in DatasetCatalog.
+        path: of the file.
+        output_dir: as for ReferringEvaluator.
+        resolution: (height, width) of all masks; ground truth is nearest-resized to it. None: each
+            mask has its image's original size.
+
+    Raises:
+        FileNotFoundError: no such file.
+        KeyError: no dataset of this name.
+        ValueError: a line that is no such object, names no or several expressions of the dataset, or
+            has a mask of another size (named by its number); an expression without a line.
+    """
+    records = DatasetCatalog.get(dataset_name)
+    lines = _assign(records, path)
+    evaluator = ReferringEvaluator(dataset_name, output_dir=output_dir, distributed=False)
+    for index, record in enumerate(records):
+        height, width = resolution or (record["height"], record["width"])
+        original_size = (record["height"], record["width"])
+        unit = {**record, "height": height, "width": width, "original_size": original_size}
+        results = [
+            {
+                "expression_id": line["expression_id"],
+                "mask": _decode(line["segmentation"], height, width, f"{path}, line {number}"),
+                "no_target": line.get("no_target", False),
+                "score": float("nan") if line.get("score") is None else line["score"],
+            }
+            for number, line in lines[index].items()
+        ]
+        evaluator.process([unit], [{"referring": results}])
+    return evaluator.evaluate()
+
+
+def _assign(records: list[dict], path: str | os.PathLike) -> dict[int, dict[int, dict]]:
+    """{record index: {line number: line}}: which record's expression each line of the file scores."""
+    places = defaultdict(list)
+    for index, record in enumerate(records):
+        for expression in record["expressions"]:
+            places[expression["expression_id"]].append(index)
+    assigned: dict[int, dict[int, dict]] = defaultdict(dict)
+    first_lines: dict[tuple[int, int], int] = {}
+    with open(path, encoding="utf-8") as file:
+        for number, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            where = f"{path}, line {number}"
+            line = _parse(text, where)
+            expression_id = line["expression_id"]
+            fitting = [i for i in places[expression_id] if _agrees(line, records[i])]
+            if len(fitting) != 1:
+                raise ValueError(
+                    f"{where}: expression {expression_id} is "
+                    + (
+                        f"in {len(fitting)} images of the dataset; say which by image_id, file_name "
+                        "or source"
+                        if fitting
+                        else "not in the dataset, or not in the image that the line names"
+                    )
+                )
+            first = first_lines.setdefault((fitting[0], expression_id), number)
+            if first != number:
+                raise ValueError(f"{where}: expression {expression_id} was already in line {first}")
+            assigned[fitting[0]][number] = line
+    return assigned
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from error
+    if not isinstance(line, dict) or not {"expression_id", "segmentation"} <= line.keys():
+        raise ValueError(f"{where}: expected an object with expression_id and segmentation")
+    if not isinstance(line["segmentation"], dict):
+        raise ValueError(f"{where}: segmentation must be an RLE (size, counts)")
+    return line
+
+
+def _agrees(line: dict, record: dict) -> bool:
+    same_file = "file_name" not in line or os.path.basename(line["file_name"]) == os.path.basename(
+        record["file_name"]
+    )
+    return same_file and all(
+        key not in line or line[key] == record[key] for key in ("image_id", "source")
+    )
+
+
+def _decode(segmentation: dict, height: int, width: int, where: str) -> torch.Tensor:
+    try:
+        return torch.from_numpy(rasterize(segmentation, height, width))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
