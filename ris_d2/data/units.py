@@ -28,11 +28,11 @@ class Units(Sequence):
     """
 
     def __init__(self, units: Sequence[Unit], *, max_expressions: int):
-        """``max_expressions``: sentences per draw, the other ones of a unit wait for another draw."""
+        """``max_expressions``: sentences per draw; the others of a unit wait for another draw."""
         self.max_expressions = max_expressions
-        self._records = np.array([unit.record for unit in units], dtype=np.int64)
+        self._records = np.array([unit.record for unit in units], np.int64)
         self._ends = np.cumsum([len(unit.expressions) for unit in units], dtype=np.int64)
-        self._expressions = np.array([i for unit in units for i in unit.expressions], dtype=np.int64)
+        self._expressions = np.array([i for unit in units for i in unit.expressions], np.int64)
 
     def __len__(self) -> int:
         return len(self._records)
