@@ -23,7 +23,7 @@ def check_dependencies() -> None:
     """Import cv2 and detectron2.
 
     Raises:
-        ImportError: one of them is missing or does not load; the text says which, why and what to do.
+        ImportError: one is missing or does not load; the text says which, why and what to do.
     """
     for module, advice in _ADVICE.items():
         try:
