@@ -1,0 +1,222 @@
+"""Loaders of training units and of test images with all their expressions."""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.data.common import DatasetFromList
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .mapper import ReferringMapper
+from .units import Draws, Units, build_units, take
+
+logger = logging.getLogger(__name__)
+
+Mapper = Callable[..., dict]
+
+
+def build_train_loader(cfg: CfgNode, *, mapper: Mapper | None = None) -> "ResumableTrainLoader":
+    """Build the endless loader of this process over DATASETS.TRAIN.
+
+    Args:
+        cfg: SOLVER.IMS_PER_BATCH counts units per optimizer step, over all processes and
+            SOLVER.RIS.ACCUMULATION micro-batches. SEED < 0 draws a seed that all processes share.
+        mapper: called as mapper(unit, rng); ReferringMapper(cfg, is_train=True) by default.
+
+    Raises:
+        ValueError: no training data, or a batch that processes and micro-batches cannot share
+            equally.
+    """
+    records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+    units = build_units(records, cfg.INPUT.RIS.UNIT, max_expressions=cfg.INPUT.MAX_EXPRESSIONS)
+    if not len(units):
+        raise ValueError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no expressions")
+    logger.info(
+        "%d training units (%s) in %d images of %s",
+        len(units),
+        cfg.INPUT.RIS.UNIT,
+        len(records),
+        ", ".join(cfg.DATASETS.TRAIN),
+    )
+    return ResumableTrainLoader(
+        records=records,
+        units=units,
+        mapper=mapper or ReferringMapper(cfg, is_train=True),
+        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        units_per_step=cfg.SOLVER.IMS_PER_BATCH,
+        accumulation=cfg.SOLVER.RIS.ACCUMULATION,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        rank=comm.get_rank(),
+        world_size=comm.get_world_size(),
+    )
+
+
+class ResumableTrainLoader:
+    """Micro-batches that are a function of the seed and the optimizer step alone.
+
+    They are the same with any number of workers, and from step k on the same whether the run came
+    from step 0 or resumed at k. Several processes share the draws of a step.
+
+    Attributes:
+        start: optimizer step to begin at; set it before the first batch is asked for.
+        seed: of all data randomness; a resumed run sets the one it was started with.
+        units_per_epoch: draws until each unit was seen once.
+    """
+
+    def __init__(
+        self,
+        *,
+        records: Sequence[dict],
+        units: Units,
+        mapper: Mapper,
+        seed: int,
+        units_per_step: int,
+        accumulation: int = 1,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        """
+        Args:
+            records, units: see :func:`ris_d2.data.units.build_units`.
+            mapper: mapper(unit record, rng) -> model input.
+            units_per_step: of all processes and micro-batches together.
+            accumulation: micro-batches per optimizer step.
+
+        Raises:
+            ValueError: units_per_step is no positive multiple of world_size x accumulation.
+        """
+        if accumulation < 1:
+            raise ValueError(f"SOLVER.RIS.ACCUMULATION must be at least 1, not {accumulation}")
+        if units_per_step < 1 or units_per_step % (world_size * accumulation):
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH {units_per_step} must be a multiple of {world_size} processes"
+                f" x SOLVER.RIS.ACCUMULATION {accumulation}"
+            )
+        self.start = 0
+        self.seed = seed
+        self.units_per_epoch = len(units)
+        # Serialised, so that workers share one copy of the annotations.
+        self._records = DatasetFromList(records, serialize=True)
+        self._units = units
+        self._mapper = mapper
+        self._accumulation = accumulation
+        self._batch_size = units_per_step // (world_size * accumulation)
+        self._num_workers = num_workers
+        self._rank = rank
+        self._world_size = world_size
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        """Yield this process' micro-batches, ``accumulation`` of them per optimizer step.
+
+        A generator: detectron2 0.6 calls iter() in the trainer's constructor, before a checkpoint
+        can say where to start.
+        """
+        dataset = _DrawnUnits(self._records, Draws(self._units, seed=self.seed), self._mapper)
+        batches = _DrawNumbers(
+            first=self.start * self._accumulation * self._world_size + self._rank,
+            stride=self._world_size,
+            batch_size=self._batch_size,
+        )
+        yield from DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=self._num_workers,
+            collate_fn=list,
+            worker_init_fn=_init_worker,
+            generator=torch.Generator(),  # its own: starting workers draws no global random number
+        )
+
+
+class _DrawnUnits(Dataset):
+    """Draw number -> model input."""
+
+    def __init__(self, records: DatasetFromList, draws: Draws, mapper: Mapper):
+        self.records = records
+        self.draws = draws
+        self.mapper = mapper
+
+    def __getitem__(self, draw: int) -> dict:
+        unit, rng = self.draws(draw)
+        return self.mapper(take(self.records[unit.record], unit.expressions), rng)
+
+
+class _DrawNumbers(Sampler):
+    """Batch numbers first, first + stride, ... as lists of the global numbers of their draws."""
+
+    def __init__(self, *, first: int, stride: int, batch_size: int):
+        self.first = first
+        self.stride = stride
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in itertools.count(self.first, self.stride):
+            yield list(range(batch * self.batch_size, (batch + 1) * self.batch_size))
+
+
+def build_test_loader(
+    cfg: CfgNode, dataset_name: str, *, mapper: Mapper | None = None
+) -> DataLoader:
+    """Build this process' loader of a test set: one image with all its expressions per batch.
+
+    Processes take contiguous ranges of images with about equal numbers of expressions, each image
+    once; where there are fewer images than processes, some take none.
+
+    Args:
+        mapper: called as mapper(record); ReferringMapper(cfg, is_train=False) by default.
+
+    Raises:
+        ValueError: the dataset has no expressions.
+    """
+    records = [record for record in DatasetCatalog.get(dataset_name) if record["expressions"]]
+    if not records:
+        raise ValueError(f"DATASETS.TEST {dataset_name!r} has no expressions")
+    counts = [len(record["expressions"]) for record in records]
+    mapper = mapper or ReferringMapper(cfg, is_train=False)
+    return DataLoader(
+        _TestImages(DatasetFromList(records, serialize=True), mapper),
+        batch_size=1,
+        sampler=shard(counts, rank=comm.get_rank(), world_size=comm.get_world_size()),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=list,
+        worker_init_fn=_init_worker,
+    )
+
+
+def shard(counts: Sequence[int], *, rank: int, world_size: int) -> range:
+    """Images of one process: contiguous, each image at one process, expressions about equal.
+
+    Args:
+        counts: expressions per image.
+
+    Returns:
+        Image indices; the ranges of all ranks in order are all the images in order.
+    """
+    counts = np.asarray(counts)
+    # An image belongs to the process in whose share of all expressions its middle lies.
+    middles = np.cumsum(counts) - counts / 2
+    edges = counts.sum() * np.array([rank, rank + 1]) / world_size
+    first, end = np.searchsorted(middles, edges)
+    return range(int(first), int(end))
+
+
+class _TestImages(Dataset):
+    def __init__(self, records: DatasetFromList, mapper: Mapper):
+        self.records = records
+        self.mapper = mapper
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.mapper(self.records[index])
+
+
+def _init_worker(worker_id: int) -> None:
+    cv2.setNumThreads(0)  # every worker a core; OpenCV's own threads would compete for it
