@@ -1,6 +1,6 @@
 """Write RefShapes, the synthetic benchmark, in the formats of RefCOCO and gRefCOCO.
 
-    python datasets/make_refshapes.py --root datasets/refshapes --train-images 2000 --sheet sheet.png
+python datasets/make_refshapes.py --root datasets/refshapes --train-images 2000 --sheet sheet.png
 """
 
 import argparse
@@ -8,63 +8,65 @@ import logging
 import textwrap
 from dataclasses import fields
 
+import cv2
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from ris_d2.data.refshapes import SPLITS, Options, Scene, generate, render, write
+from ris_d2.data.refshapes import SPLITS, Options, Scene, generate, polygon, render, write
+from ris_d2.io import atomic_write
 
 
-def sheet(scenes: list[Scene], options: Options, *, columns: int = 4, tile: int = 240) -> np.ndarray:
-    """Pictures of one expression per scene, targets outlined and the rest dimmed: uint8 (H,W,3) RGB."""
-    import cv2
-    from PIL import Image, ImageDraw, ImageFont
-
-    caption, gap = 44, 8
+def sheet(scenes: list[Scene], options: Options) -> Image.Image:
+    """One expression per scene with its picture: targets outlined, the rest dimmed."""
+    columns, tile, caption, gap = 4, 240, 60, 8
     font = ImageFont.load_default(size=15)
     rows = -(-len(scenes) // columns)
-    width, height = columns * (tile + gap) + gap, rows * (tile + caption + gap) + gap
-    page = Image.new("RGB", (width, height), "white")
+    page = Image.new("RGB", (columns * (tile + gap) + gap, rows * (tile + caption) + gap), "white")
     draw = ImageDraw.Draw(page)
     for number, scene in enumerate(scenes):
         expression = scene.expressions[number % len(scene.expressions)]
         picture = cv2.resize(render(scene, options), (tile, tile), interpolation=cv2.INTER_CUBIC)
-        outlines = [
-            np.round(np.array(scene.shapes[i].polygon).reshape(-1, 2) * tile / scene.side).astype(np.int32)
-            for i in expression.targets
-        ]
+        corners = [np.array(polygon(scene.shapes[i])).reshape(-1, 2) for i in expression.targets]
+        outlines = [np.round(c * tile / scene.side).astype(np.int32) for c in corners]
         mask = np.zeros((tile, tile, 1), np.uint8)
         cv2.fillPoly(mask, outlines, 1)
-        picture = np.where(mask, picture, picture * 0.55 + 60).astype(np.uint8)
+        picture = np.where(mask, picture, picture * 0.6 + 50).astype(np.uint8)
         cv2.polylines(picture, outlines, True, (255, 0, 255), 2, cv2.LINE_AA)
-        x, y = gap + number % columns * (tile + gap), gap + number // columns * (tile + caption + gap)
+        x, y = gap + number % columns * (tile + gap), gap + number // columns * (tile + caption)
         page.paste(Image.fromarray(picture), (x, y))
-        text = expression.text + ("" if expression.targets else "  (no target)")
+        text = expression.text + ("" if expression.targets else " (no target)")
         draw.text((x, y + tile + 2), "\n".join(textwrap.wrap(text, 32)), fill="black", font=font)
-    return np.asarray(page)
+    return page
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--root", required=True, help="folder to make, e.g. $DETECTRON2_DATASETS/refshapes")
+    parser.add_argument("--root", required=True, help="folder to make, laid out as a dataset root")
     for split, default in zip(SPLITS, (4000, 400, 200, 200, 200)):
-        parser.add_argument(f"--{split}-images", type=int, default=default)
+        parser.add_argument(f"--{split}-images", type=int, default=default, help="scenes")
     for field in fields(Options):
         flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=field.type, default=field.default)
-    parser.add_argument("--overwrite", action="store_true", help="replace a RefShapes set that is there")
-    parser.add_argument("--sheet", help="also write a picture of 24 samples of val to this file")
+        help_text = field.metadata["help"]
+        parser.add_argument(flag, type=field.type, default=field.default, help=help_text)
+    parser.add_argument("--overwrite", action="store_true", help="replace another RefShapes set")
+    parser.add_argument(
+        "--sheet", help="also write a picture of 24 samples of val to this PNG file"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
-    options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
-    numbers = {split: getattr(args, f"{split}_images") for split in SPLITS}
-    if write(args.root, numbers, options, overwrite=args.overwrite):
-        logging.info("Wrote %d images to %s", sum(numbers.values()), args.root)
+    try:
+        options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
+        numbers = {split: getattr(args, f"{split}_images") for split in SPLITS}
+        if write(args.root, numbers, options, overwrite=args.overwrite):
+            logging.info("Wrote %d images to %s", sum(numbers.values()), args.root)
+    except (ValueError, FileExistsError) as error:
+        parser.error(str(error))
     if args.sheet:
-        import cv2
-
-        cv2.imwrite(args.sheet, sheet(generate("val", 24, options), options)[..., ::-1])
+        with atomic_write(args.sheet, "wb") as file:
+            sheet(generate("val", 24, options), options).save(file, format="PNG")
 
 
 if __name__ == "__main__":

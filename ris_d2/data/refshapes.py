@@ -1,8 +1,8 @@
 """RefShapes: rendered scenes of coloured shapes with referring expressions of known meaning.
 
-A scene is a function of (options, seed, split, index) alone: image i is the same however many images
-are made, on any machine. An expression is made from a meaning (``Find``, ``Nth``, ...), which
-``evaluate`` interprets on the scene; only meanings that hold clearly (``MARGIN``) are put into words.
+A scene is a function of (options, seed, split, index) alone: image i is the same however many
+images are made, on any machine. An expression is made from a meaning (``Find``, ``Nth``, ...), which
+``evaluate`` interprets on the scene; only meanings that hold clearly (``MARGIN``) get words.
 ``write`` stores the scenes in the exact formats of RefCOCO and gRefCOCO (see datasets/README.md).
 """
 
@@ -11,30 +11,41 @@ import json
 import logging
 import os
 import pickle
-import random
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import cos, pi, sin
+from typing import Any
 
 import numpy as np
 
+from .refshapes_language import (
+    COLORS,
+    DIRECTIONS,
+    KINDS,
+    SIZES,
+    VOCABULARY,
+    Count,
+    Except,
+    Expression,
+    Find,
+    Meaning,
+    Nth,
+    Pair,
+    Relation,
+    Rng,
+    Scene,
+    Shape,
+    Side,
+    Unclear,
+    evaluate,
+    phrase,
+)
+
 logger = logging.getLogger(__name__)
 
-COLORS = {  # RGB
-    "red": (205, 40, 40),
-    "green": (40, 150, 60),
-    "blue": (45, 75, 205),
-    "yellow": (240, 220, 50),
-    "purple": (140, 50, 170),
-    "orange": (245, 140, 30),
-    "white": (245, 245, 245),
-    "black": (20, 20, 20),
-}
-KINDS = ("circle", "square", "triangle", "star", "diamond", "cross")
-SIZES = {"small": (8, 9), "big": (13, 15)}  # half extent in 1/96 of the image's side
 # testA and testB differ in what is referred to, as RefCOCO's do (there: people, other objects).
 FAMILIES = {"testA": ("circle", "square"), "testB": ("triangle", "star", "diamond", "cross")}
-# Never in a scene or a sentence outside the split "heldout", where every target set has one of them.
+# In no scene and no sentence but those of "heldout", where every set of targets has one of them.
 HELDOUT = (
     ("red", "triangle"),
     ("green", "star"),
@@ -46,8 +57,6 @@ HELDOUT = (
     ("black", "cross"),
 )
 SPLITS = ("train", "val", "testA", "testB", "heldout")
-# Least difference of two positions that are compared, as a share of the image's side.
-MARGIN = 0.06
 
 
 def _outline(kind: str) -> tuple[tuple[int, int], ...]:
@@ -77,232 +86,53 @@ def _outline(kind: str) -> tuple[tuple[int, int], ...]:
 _OUTLINES = {kind: _outline(kind) for kind in KINDS}
 
 
+def polygon(shape: Shape) -> list[float]:
+    """COCO polygon [x0, y0, x1, y1, ...] in pixels, rounded to 0.01."""
+    return [
+        (100 * centre + (offset * shape.radius + 5) // 10) / 100
+        for corner in _OUTLINES[shape.kind]
+        for centre, offset in zip((shape.x, shape.y), corner)
+    ]
+
+
+def _option(default: float, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What is drawn and said; ``ValueError`` names the option that is out of range."""
 
-    size: int = 96  # side of the square image in pixels
-    min_shapes: int = 3
-    max_shapes: int = 8
-    colors: int = 6  # the first so many of COLORS, of KINDS
-    kinds: int = 6
-    min_expressions: int = 6
-    max_expressions: int = 8
-    no_target_share: float = 0.25
-    multi_target_share: float = 0.25
-    noise: float = 6.0  # standard deviation of the pixel noise, of 255
-    texture: float = 16.0  # amplitude of the background's cloudy pattern, of 255
-    seed: int = 0
+    size: int = _option(96, "side of the square images in pixels")
+    min_shapes: int = _option(3, "shapes per scene, at least")
+    max_shapes: int = _option(8, "shapes per scene, at most (9)")
+    colors: int = _option(6, f"the first so many of {', '.join(COLORS)}")
+    kinds: int = _option(6, f"the first so many of {', '.join(KINDS)}")
+    min_expressions: int = _option(6, "expressions per scene, at least")
+    max_expressions: int = _option(8, "expressions per scene, at most (20)")
+    no_target_share: float = _option(0.25, "of the expressions")
+    multi_target_share: float = _option(0.25, "of the expressions")
+    noise: float = _option(6.0, "standard deviation of the pixel noise, of 255")
+    texture: float = _option(16.0, "amplitude of the background's clouds, of 255")
+    seed: int = _option(0, "of everything")
 
     def __post_init__(self) -> None:
         shares = self.no_target_share, self.multi_target_share
+        expressions = self.min_expressions, self.max_expressions
         for ok, what in (
             (self.size >= 48, "size must be at least 48 pixels"),
             (2 <= self.min_shapes <= self.max_shapes <= 9, "shapes: 2 <= min <= max <= 9"),
             (4 <= self.colors <= len(COLORS), f"colors must be 4 to {len(COLORS)}"),
             (4 <= self.kinds <= len(KINDS), f"kinds must be 4 to {len(KINDS)}"),
-            (1 <= self.min_expressions <= self.max_expressions <= 20, "expressions: 1 <= min <= max <= 20"),
-            (min(shares) >= 0 and sum(shares) <= 1, "shares must be >= 0 and add up to at most 1"),
+            (1 <= expressions[0] <= expressions[1] <= 20, "expressions: 1 <= min <= max <= 20"),
+            (min(shares) >= 0 and sum(shares) < 1, "shares must be >= 0 and add up to less than 1"),
             (self.noise >= 0 and self.texture >= 0, "noise and texture must not be negative"),
         ):
             if not ok:
-                raise ValueError(f"RefShapes options: {what} (got {self})")
+                raise ValueError(f"RefShapes options: {what}, but they are {self}")
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One shape; ``x``, ``y`` (centre) and ``radius`` (half extent) in pixels."""
-
-    kind: str
-    color: str
-    size: str
-    x: int
-    y: int
-    radius: int
-
-    @property
-    def polygon(self) -> list[float]:
-        """COCO polygon [x0, y0, x1, y1, ...] in pixels, rounded to 0.01."""
-        return [
-            (100 * centre + (offset * self.radius + 5) // 10) / 100
-            for corner in _OUTLINES[self.kind]
-            for centre, offset in zip((self.x, self.y), corner)
-        ]
-
-
-# Meanings: what an expression says, free of its wording.
-
-
-@dataclass(frozen=True)
-class Find:
-    """All shapes with the given attributes; None is any."""
-
-    kind: str | None = None
-    color: str | None = None
-    size: str | None = None
-
-
-@dataclass(frozen=True)
-class Nth:
-    """The rank-th (1-based) of ``of``, counted from the left, right, top or bottom."""
-
-    of: Find
-    rank: int
-    direction: str
-
-
-@dataclass(frozen=True)
-class Side:
-    """Those of ``of`` whose centre is in the left, right, top or bottom half."""
-
-    of: Find
-    direction: str
-
-
-@dataclass(frozen=True)
-class Relation:
-    """Those of ``of`` that are left, right, above or below (top, bottom) of the one ``anchor``."""
-
-    of: Find
-    direction: str
-    anchor: Find
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One shape and another one."""
-
-    first: Find
-    second: Find
-
-
-@dataclass(frozen=True)
-class Except:
-    """All of ``of`` but those of ``but``."""
-
-    of: Find
-    but: Find
-
-
-@dataclass(frozen=True)
-class Count:
-    """The ``number`` shapes of ``of``; nothing where there are fewer."""
-
-    of: Find
-    number: int
-
-
-Meaning = Find | Nth | Side | Relation | Pair | Except | Count
-
-
-@dataclass(frozen=True)
-class Expression:
-    """A sentence, its meaning, and the indices of the shapes it refers to (empty: no target)."""
-
-    text: str
-    meaning: Meaning
-    targets: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Scene:
-    split: str
-    index: int
-    side: int  # of the square image, pixels
-    shapes: tuple[Shape, ...]
-    expressions: tuple[Expression, ...] = ()
-
-
-class Unclear(ValueError):
-    """The meaning does not hold clearly in the scene: too close to call, or an ambiguous part."""
-
-
-def _along(shape: Shape, direction: str) -> int:
-    """Coordinate that grows away from the side ``direction``."""
-    value = shape.x if direction in ("left", "right") else shape.y
-    return value if direction in ("left", "top") else -value
-
-
-def evaluate(meaning: Meaning, scene: Scene) -> frozenset[int]:
-    """Return the indices of the shapes that ``meaning`` refers to in ``scene``; empty is no target.
-
-    Raises ``Unclear`` where positions differ by less than MARGIN of the side or a part that has to be
-    one shape is several.
-    """
-    shapes, margin = scene.shapes, MARGIN * scene.side
-
-    def before(a: float, b: float) -> bool:
-        if abs(a - b) < margin:
-            raise Unclear(f"{meaning}: {a} and {b} are too close to call")
-        return a < b
-
-    match meaning:
-        case Find(kind, color, size):
-            return frozenset(
-                i
-                for i, s in enumerate(shapes)
-                if kind in (None, s.kind) and color in (None, s.color) and size in (None, s.size)
-            )
-        case Nth(of, rank, direction):
-            found = sorted(evaluate(of, scene), key=lambda i: _along(shapes[i], direction))
-            along = [_along(shapes[i], direction) for i in found[: rank + 1]]
-            if not all(before(a, b) for a, b in zip(along, along[1:])):
-                raise AssertionError("sorted")
-            return frozenset(found[rank - 1 : rank])
-        case Side(of, direction):
-            middle = scene.side / 2 if direction in ("left", "top") else -scene.side / 2
-            found = evaluate(of, scene)
-            return frozenset(i for i in found if before(_along(shapes[i], direction), middle))
-        case Relation(of, direction, anchor):
-            anchors = evaluate(anchor, scene)
-            if len(anchors) > 1:
-                raise Unclear(f"{meaning}: several anchors")
-            return frozenset(
-                i
-                for a in anchors
-                for i in evaluate(of, scene) - anchors
-                if before(_along(shapes[i], direction), _along(shapes[a], direction))
-            )
-        case Pair(first, second):
-            parts = evaluate(first, scene), evaluate(second, scene)
-            both = parts[0] | parts[1]
-            if both and not (len(parts[0]) == len(parts[1]) == 1 and len(both) == 2):
-                raise Unclear(f"{meaning}: not one and another one")
-            return both
-        case Except(of, but):
-            found, left_out = evaluate(of, scene), evaluate(but, scene)
-            if not left_out or not left_out < found:
-                raise Unclear(f"{meaning}: nothing to leave out, or nothing left")
-            return found - left_out
-        case Count(of, number):
-            found = evaluate(of, scene)
-            if len(found) > number:
-                raise Unclear(f"{meaning}: there are more")
-            return found if len(found) == number else frozenset()
-    raise TypeError(f"not a meaning: {meaning!r}")
-
-
-class _Rng:
-    """Draws from ``random.Random.random`` only, the one stream Python promises to keep."""
-
-    def __init__(self, *key: object) -> None:
-        self.random = random.Random("/".join(map(str, key))).random
-
-    def below(self, number: int) -> int:
-        return int(self.random() * number)
-
-    def pick(self, options):
-        return options[self.below(len(options))]
-
-    def chance(self, probability: float) -> bool:
-        return self.random() < probability
-
-    def sample(self, options, number: int) -> list:
-        rest = list(options)
-        return [rest.pop(self.below(len(rest))) for _ in range(min(number, len(rest)))]
-
-
-def _place(split: str, options: Options, rng: _Rng) -> tuple[Shape, ...] | None:
+def _place(split: str, number: int, options: Options, rng: Rng) -> tuple[Shape, ...] | None:
     """Draw the shapes of a scene, or None when they do not fit."""
     # A scene keeps to a few colours and kinds: only then does one word not give the target away.
     colors = rng.sample(list(COLORS)[: options.colors], 2 + rng.below(3))
@@ -316,8 +146,8 @@ def _place(split: str, options: Options, rng: _Rng) -> tuple[Shape, ...] | None:
         return None
     shapes: list[Shape] = []
     unit = options.size / 96
-    for number in range(options.min_shapes + rng.below(options.max_shapes - options.min_shapes + 1)):
-        if favoured and (number < 2 or rng.chance(0.4)):
+    for i in range(number):
+        if favoured and (i < 2 or rng.chance(0.4)):
             color, kind = rng.pick(favoured)
         else:
             color, kind = rng.pick(pairs)
@@ -327,7 +157,8 @@ def _place(split: str, options: Options, rng: _Rng) -> tuple[Shape, ...] | None:
         for _ in range(40):
             x, y = (radius + 1 + rng.below(options.size - 2 * radius - 1) for _ in range(2))
             if all(
-                max(abs(x - s.x), abs(y - s.y)) >= radius + s.radius + round(2 * unit) for s in shapes
+                max(abs(x - s.x), abs(y - s.y)) >= radius + s.radius + round(2 * unit)
+                for s in shapes
             ):
                 shapes.append(Shape(kind, color, size, x, y, radius))
                 break
@@ -336,17 +167,16 @@ def _place(split: str, options: Options, rng: _Rng) -> tuple[Shape, ...] | None:
     return tuple(shapes)
 
 
-DIRECTIONS = ("left", "right", "top", "bottom")
 # How often each form is tried, per number of targets.
 _FORMS = {
-    "single": (Find,) * 4 + (Nth,) * 3 + (Side,) * 2 + (Relation,) * 4,
-    "multi": (Find,) * 3 + (Count,) * 3 + (Pair,) * 3 + (Except,) * 3 + (Side,) * 2 + (Relation,) * 2,
-    "none": (Find,) * 5 + (Relation,) * 4 + (Nth,) * 2 + (Count,) * 1 + (Side,) * 1,
+    "single": {Find: 4, Nth: 3, Side: 2, Relation: 4},
+    "multi": {Find: 3, Count: 3, Pair: 3, Except: 3, Side: 2, Relation: 2},
+    "none": {Find: 5, Relation: 4, Nth: 2, Count: 1, Side: 1},
 }
 
 
-def _describe(scene: Scene, options: Options, rng: _Rng, *, mixed: bool = False) -> Find:
-    """Attributes of one shape, or (``mixed``) each from any shape or, rarely, from none of the scene."""
+def _describe(scene: Scene, options: Options, rng: Rng, *, mixed: bool = False) -> Find:
+    """Attributes of one shape, or (``mixed``) each from any shape, or a colour from none."""
     base = rng.pick(scene.shapes)
     other = rng.pick(scene.shapes) if mixed else base
     color, kind, size = other.color, base.kind, other.size
@@ -357,9 +187,11 @@ def _describe(scene: Scene, options: Options, rng: _Rng, *, mixed: bool = False)
     return Find(kind, color if rng.chance(0.65) else None, size if rng.chance(0.3) else None)
 
 
-def _propose(form: type, wanted: str, scene: Scene, options: Options, rng: _Rng) -> Meaning:
+def _propose(form: type, wanted: str, scene: Scene, options: Options, rng: Rng) -> Meaning:
     """Draw a meaning of the given form; whether it holds, ``evaluate`` has to say."""
-    of = _describe(scene, options, rng, mixed=wanted == "none" and (form is Find or rng.chance(0.3)))
+    of = _describe(
+        scene, options, rng, mixed=wanted == "none" and (form is Find or rng.chance(0.3))
+    )
     direction = rng.pick(DIRECTIONS)
     if form is Find:
         return of
@@ -388,7 +220,8 @@ def _plausible(meaning: Meaning, wanted: str, scene: Scene) -> bool:
         case Count(of, number):
             return 2 <= number <= 4 and len(evaluate(of, scene)) > 0
         case Relation(of, _, anchor):
-            return of != anchor
+            found = evaluate(of, scene)
+            return not found or not found <= evaluate(anchor, scene)
         case Except(of, but):
             return of.kind == but.kind or of == Find()
     return True
@@ -399,117 +232,21 @@ def _names_heldout(meaning: Meaning) -> bool:
     return any((part.color, part.kind) in HELDOUT for part in parts)
 
 
-# Wording. Left and right words are whole words or leftmost and rightmost, so that a mirrored image
-# can have them exchanged.
-
-_SIZE_WORDS = {"small": ("small", "little"), "big": ("big", "large")}
-_MOST = {
-    "left": ("leftmost",),
-    "right": ("rightmost",),
-    "top": ("topmost", "highest"),
-    "bottom": ("bottommost", "lowest"),
-}
-_HALF = {
-    "left": ("in the left half", "on the left side"),
-    "right": ("in the right half", "on the right side"),
-    "top": ("in the top half", "in the upper half"),
-    "bottom": ("in the bottom half", "in the lower half"),
-}
-_RELATION = {
-    "left": ("left of", "to the left of"),
-    "right": ("right of", "to the right of"),
-    "top": ("above", "higher than"),
-    "bottom": ("below", "under"),
-}
-_ORDINALS = ("first", "second", "third")
-_NUMBERS = {2: "two", 3: "three", 4: "four"}
-
-
-def _noun(find: Find, rng: _Rng, *, plural: bool, relative: bool = False) -> str:
-    """Words for ``find`` without article; ``relative`` allows "circle that is red"."""
-    head = (find.kind or rng.pick(("shape", "object"))) + (
-        ("es" if find.kind == "cross" else "s") if plural else ""
-    )
-    size = [rng.pick(_SIZE_WORDS[find.size])] if find.size else []
-    if relative and find.color and rng.chance(0.25):
-        return " ".join([*size, head, "that", "are" if plural else "is", find.color])
-    return " ".join([*size, *([find.color] if find.color else []), head])
-
-
-def _phrase(meaning: Meaning, scene: Scene, rng: _Rng, *, plural: bool) -> str:
-    """Put a meaning into words; ``plural`` where it refers, or would refer, to several shapes."""
-    the = rng.pick(("all ", "all the ", "the ", "")) if plural else rng.pick(("the ", "the ", ""))
-    match meaning:
-        case Find():
-            if plural and rng.chance(0.2):
-                return "every " + _noun(meaning, rng, plural=False, relative=True)
-            return the + _noun(meaning, rng, plural=plural, relative=True)
-        case Nth(of, rank, direction):
-            the, noun = rng.pick(("the ", "")), _noun(of, rng, plural=False)
-            if rank > 1 or rng.chance(0.2):
-                return f"{the}{_ORDINALS[rank - 1]} {noun} from the {direction}"
-            if len(evaluate(of, scene)) == 2 and rng.chance(0.5):
-                return f"{the}{direction} {noun}"
-            if rng.chance(0.3):
-                return f"{the}{noun} farthest to the {direction}"
-            return f"{the}{rng.pick(_MOST[direction])} {noun}"
-        case Side(of, direction):
-            return f"{the}{_noun(of, rng, plural=plural)} {rng.pick(_HALF[direction])}"
-        case Relation(of, direction, anchor):
-            that = rng.pick(("", "", "that are " if plural else "that is "))
-            there = f"{that}{rng.pick(_RELATION[direction])}"
-            return f"{the}{_noun(of, rng, plural=plural)} {there} the {_noun(anchor, rng, plural=False)}"
-        case Pair(first, second):
-            the = rng.pick(("the ", ""))
-            nouns = [the + _noun(part, rng, plural=False) for part in (first, second)]
-            return " and ".join(nouns)
-        case Except(of, but):
-            several = len(evaluate(but, scene)) > 1
-            but_word = rng.pick(("but", "except"))
-            if of == Find():
-                everything = rng.pick(("everything", "everything", "all shapes", "all the objects"))
-                return f"{everything} {but_word} the {_noun(but, rng, plural=several)}"
-            ones = "ones" if several else "one"
-            every = rng.pick(("all ", "all the ")) + _noun(of, rng, plural=True)
-            return f"{every} {but_word} the {but.color} {ones}"
-        case Count(of, number):
-            noun = _noun(of, rng, plural=True)
-            if number == 2 and rng.chance(0.25):
-                return f"both {noun}"
-            return f"{rng.pick(('the ', '', 'all '))}{_NUMBERS[number]} {noun}"
-    raise TypeError(f"not a meaning: {meaning!r}")
-
-
-# Every word that _phrase can say, and the few more that people put between them.
-VOCABULARY = tuple(
-    sorted(
-        {*COLORS, *DIRECTIONS, *_ORDINALS, *_NUMBERS.values()}
-        | {noun for kind in (*KINDS, "shape", "object") for noun in (kind, kind + ("es" if kind == "cross" else "s"))}
-        | {
-            word
-            for table in (_SIZE_WORDS, _MOST, _HALF, _RELATION)
-            for phrases in table.values()
-            for phrase in phrases
-            for word in phrase.split()
-        }
-        | set("the all every that is are from farthest to and but except everything one ones both".split())
-        | set("a an at not with other picture image".split())
-    )
-)
-
-
-def _express(scene: Scene, options: Options, rng: _Rng) -> tuple[Expression, ...]:
+def _express(scene: Scene, options: Options, rng: Rng) -> tuple[Expression, ...]:
     """Draw the expressions of a scene, the shares of no and multi target met on average."""
-    number = options.min_expressions + rng.below(options.max_expressions - options.min_expressions + 1)
+    number = options.min_expressions + rng.below(
+        options.max_expressions - options.min_expressions + 1
+    )
     none = int(number * options.no_target_share + rng.random())
     multi = min(int(number * options.multi_target_share + rng.random()), number - none)
     family = FAMILIES.get(scene.split)
     expressions: list[Expression] = []
     for wanted in ("none",) * none + ("multi",) * multi + ("single",) * (number - none - multi):
+        forms = [form for form, weight in _FORMS[wanted].items() for _ in range(weight)]
         # The form stays for a number of tries, or easy forms would crowd out the others.
         for attempt in range(240):
             if attempt % 24 == 0:
-                form = rng.pick(_FORMS[wanted])
+                form = rng.pick(forms)
             meaning = _propose(form, wanted, scene, options, rng)
             try:
                 targets = tuple(sorted(evaluate(meaning, scene)))
@@ -521,13 +258,17 @@ def _express(scene: Scene, options: Options, rng: _Rng) -> tuple[Expression, ...
                 or not _plausible(meaning, wanted, scene)
                 or (family and any(s.kind not in family for s in shapes))
                 or (scene.split != "heldout" and _names_heldout(meaning))
-                or (scene.split == "heldout" and shapes and all((s.color, s.kind) not in HELDOUT for s in shapes))
+                or (
+                    scene.split == "heldout"
+                    and shapes
+                    and all((s.color, s.kind) not in HELDOUT for s in shapes)
+                )
                 # RefCOCO's objects have about three sentences each.
                 or sum(e.targets == targets for e in expressions) >= (3 if targets else number)
             ):
                 continue
             plural = wanted == "multi" or (wanted == "none" and rng.chance(0.2))
-            text = _phrase(meaning, scene, rng, plural=plural)
+            text = phrase(meaning, scene, rng, plural=plural)
             if all(text != e.text for e in expressions):
                 expressions.append(Expression(text, meaning, targets))
                 break
@@ -543,9 +284,10 @@ def generate(split: str, number: int, options: Options = Options()) -> list[Scen
         raise ValueError(f"unknown RefShapes split {split!r}; there are {', '.join(SPLITS)}")
     scenes = []
     for index in range(number):
-        rng = _Rng("refshapes", options.seed, split, index)
+        rng = Rng("refshapes", options.seed, split, index)
+        shape_number = options.min_shapes + rng.below(options.max_shapes - options.min_shapes + 1)
         for _ in range(1000):
-            shapes = _place(split, options, rng)
+            shapes = _place(split, shape_number, options, rng)
             if shapes is None:
                 continue
             scene = Scene(split, index, options.size, shapes)
@@ -559,20 +301,23 @@ def generate(split: str, number: int, options: Options = Options()) -> list[Scen
 
 
 def render(scene: Scene, options: Options = Options()) -> np.ndarray:
-    """Draw a scene: uint8 (side, side, 3) RGB, anti-aliased, with background texture and pixel noise."""
+    """Draw a scene: uint8 (side, side, 3) RGB, anti-aliased, with clouds behind and noise over all."""
     import cv2
 
     seed = hashlib.sha256(f"{options.seed}/{scene.split}/{scene.index}".encode()).digest()
     rng = np.random.Generator(np.random.PCG64(int.from_bytes(seed[:8], "big")))
     side, scale = scene.side, 4
-    clouds = rng.uniform(-1, 1, (6, 6, 1)) * options.texture + rng.uniform(-1, 1, (6, 6, 3)) * options.texture / 3
+    clouds = (
+        rng.uniform(-1, 1, (6, 6, 1)) * options.texture
+        + rng.uniform(-1, 1, (6, 6, 3)) * options.texture / 3
+    )
     background = cv2.resize(clouds.astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
     background += rng.uniform(95, 165) + rng.uniform(-12, 12, 3).astype(np.float32)
     canvas = np.zeros((side * scale, side * scale, 4), np.uint8)  # RGB and coverage
     for shape in scene.shapes:
         color = np.clip(np.array(COLORS[shape.color]) + rng.uniform(-14, 14, 3), 0, 255)
-        # A pixel spans [i, i + 1) in COCO polygons, cv2 counts from pixel centres; 4 bits of fraction.
-        corners = (np.array(shape.polygon).reshape(-1, 2) * scale - 0.5) * 16
+        # In COCO polygons a pixel spans [i, i + 1), cv2 counts from its centre; 4 bits of fraction.
+        corners = (np.array(polygon(shape)).reshape(-1, 2) * scale - 0.5) * 16
         cv2.fillPoly(canvas, [np.round(corners).astype(np.int32)], (*color.tolist(), 255), shift=4)
     canvas = cv2.resize(canvas, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32)
     image = background * (1 - canvas[..., 3:] / 255) + canvas[..., :3]
@@ -585,37 +330,46 @@ def _image_id(scene: Scene) -> int:
 
 
 def instances(scenes: list[Scene]) -> dict:
-    """COCO ``instances.json`` of the scenes: images, one polygon annotation per shape, categories."""
+    """COCO ``instances.json`` of the scenes: images, one annotation per shape, categories."""
     images, annotations = [], []
     for scene in scenes:
         image_id = _image_id(scene)
         name = f"COCO_train2014_{image_id:012d}.jpg"
-        images.append({"id": image_id, "file_name": name, "height": scene.side, "width": scene.side})
+        images.append(
+            {"id": image_id, "file_name": name, "height": scene.side, "width": scene.side}
+        )
         for number, shape in enumerate(scene.shapes):
-            polygon = shape.polygon
-            x, y = polygon[::2], polygon[1::2]
-            shoelace = sum(
-                x[i - 1] * y[i] - x[i] * y[i - 1] for i in range(len(x))
-            )
+            outline = polygon(shape)
+            x, y = outline[::2], outline[1::2]
+            shoelace = sum(x[i - 1] * y[i] - x[i] * y[i - 1] for i in range(len(x)))
             annotations.append(
                 {
                     "id": image_id * 10 + number,
                     "image_id": image_id,
                     "category_id": KINDS.index(shape.kind) + 1,
-                    "segmentation": [polygon],
+                    "segmentation": [outline],
                     "area": round(abs(shoelace) / 2, 2),
-                    "bbox": [round(v, 2) for v in (min(x), min(y), max(x) - min(x), max(y) - min(y))],
+                    "bbox": [
+                        round(v, 2) for v in (min(x), min(y), max(x) - min(x), max(y) - min(y))
+                    ],
                     "iscrowd": 0,
                 }
             )
-    categories = [{"supercategory": "shape", "id": i + 1, "name": kind} for i, kind in enumerate(KINDS)]
-    return {"info": {"description": "RefShapes"}, "images": images, "annotations": annotations, "categories": categories}
+    categories = [
+        {"supercategory": "shape", "id": i + 1, "name": kind} for i, kind in enumerate(KINDS)
+    ]
+    return {
+        "info": {"description": "RefShapes"},
+        "images": images,
+        "annotations": annotations,
+        "categories": categories,
+    }
 
 
 def references(scenes: list[Scene], *, generalized: bool) -> list[dict]:
-    """RefCOCO's refs (single targets), or gRefCOCO's (``generalized``: all), one per set of targets.
+    """RefCOCO's refs (single targets only) or, if ``generalized``, gRefCOCO's.
 
-    A ref has the sentences of one target set; each expression without target is a ref of its own.
+    A ref has the sentences of one set of targets; one without target is a ref of its own.
     """
     refs = []
     for scene in scenes:
@@ -646,7 +400,11 @@ def references(scenes: list[Scene], *, generalized: bool) -> list[dict]:
                 ],
             }
             if generalized:
-                ref |= {"ann_id": ann_ids or [-1], "category_id": categories or [-1], "no_target": not targets}
+                ref |= {
+                    "ann_id": ann_ids or [-1],
+                    "category_id": categories or [-1],
+                    "no_target": not targets,
+                }
             else:
                 ref |= {"ann_id": ann_ids[0], "category_id": categories[0]}
             refs.append(ref)
@@ -654,7 +412,7 @@ def references(scenes: list[Scene], *, generalized: bool) -> list[dict]:
 
 
 def write_tokenizer(directory: str) -> None:
-    """Write a word-level tokenizer of VOCABULARY in the Hugging Face format: <s> 0, <pad> 1, </s> 2, <unk> 3."""
+    """Write a word-level tokenizer of VOCABULARY (<s> 0, <pad> 1, </s> 2, <unk> 3) for transformers."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     special = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -677,19 +435,25 @@ def write_tokenizer(directory: str) -> None:
         json.dump(config, file, indent=2)
 
 
-def write(root: str, numbers: dict[str, int], options: Options = Options(), *, overwrite: bool = False) -> bool:
+def write(
+    root: str, numbers: dict[str, int], options: Options = Options(), *, overwrite: bool = False
+) -> bool:
     """Write ``numbers[split]`` scenes per split under ``root``, laid out as a real dataset root.
 
-    images/train2014/*.jpg, refcoco/refs(unc).p and instances.json (no "heldout"), grefcoco/grefs(unc).json
-    and instances.json, tokenizer/, and refshapes.json with the options. The tree appears whole or not at
-    all. Returns False where the same set is there already.
+    images/train2014/*.jpg, refcoco/refs(unc).p and instances.json (without "heldout"),
+    grefcoco/grefs(unc).json and instances.json, tokenizer/, and refshapes.json with the options. The
+    tree appears whole or not at all. Returns False where the same set is there already.
 
     Raises ``FileExistsError`` where another set (unless ``overwrite``) or anything else is there.
     """
     import cv2
 
     root = os.path.abspath(root)
-    made = {"version": 1, "numbers": {split: numbers.get(split, 0) for split in SPLITS}, **asdict(options)}
+    made = {
+        "version": 1,
+        "numbers": {split: numbers.get(split, 0) for split in SPLITS},
+        **asdict(options),
+    }
     _check_free(root, made, overwrite)
     if os.path.isdir(root) and _made(root) == made and not overwrite:
         logger.info("RefShapes is in %s already", root)
@@ -710,18 +474,18 @@ def write(root: str, numbers: dict[str, int], options: Options = Options(), *, o
         _dump(f"{partial}/refcoco/instances.json", instances(published))
         _dump(f"{partial}/grefcoco/instances.json", instances(everything))
         _dump(f"{partial}/grefcoco/grefs(unc).json", references(everything, generalized=True))
-        # Through json, so that the pickle's bytes do not depend on which equal strings are one object.
+        # Through json, or the bytes would depend on which equal strings are one object.
         refs = json.loads(json.dumps(references(published, generalized=False)))
         with open(f"{partial}/refcoco/refs(unc).p", "wb") as file:
             pickle.dump(refs, file, protocol=2)
         write_tokenizer(f"{partial}/tokenizer")
         _dump(f"{partial}/refshapes.json", made)
         if os.path.isdir(root) and os.listdir(root):
-            os.rename(root, f"{partial}.old")
+            os.rename(root, f"{root}.old-{os.getpid()}")
         os.rename(partial, root)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(f"{partial}.old", ignore_errors=True)
+    shutil.rmtree(f"{root}.old-{os.getpid()}", ignore_errors=True)
     return True
 
 
@@ -744,7 +508,9 @@ def _check_free(root: str, made: dict, overwrite: bool) -> None:
         return
     there = _made(root)
     if there is None:
-        raise FileExistsError(f"{root} exists and was not written by RefShapes; choose another --root")
+        raise FileExistsError(
+            f"{root} exists and was not written by RefShapes; choose another --root"
+        )
     if there != made and not overwrite:
         different = [k for k in made if there.get(k) != made[k]]
         raise FileExistsError(
