@@ -19,15 +19,16 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
 
 # pip itself is left as it is: from 26.3 on it refuses the sdist that the installer downloads, which
-# then takes a detour. torch and setuptools come first because that sdist's setup.py imports them.
+# then takes a detour. torch and setuptools come first because that sdist's setup.py imports them,
+# OpenCV because detectron2 does.
 $(INSTALLED): setup.py tools/install_detectron2.py
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("ris_d2 needs Python 3.10 or later, and $(PYTHON) is " + sys.version.split()[0] + "; choose one with PYTHON=...")'
 	@echo "[1/4] virtual environment $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "[2/4] torch, torchvision: about 3 GB, one or two minutes on a fast line"
-	@$(PIP_INSTALL) torch torchvision 'setuptools>=70.1'
+	@echo "[2/4] torch and OpenCV: about 3 GB, one or two minutes on a fast line"
+	@$(PIP_INSTALL) torch torchvision opencv-python-headless 'setuptools>=70.1'
 	@echo "[3/4] detectron2"
 	@$(BIN)/python tools/install_detectron2.py
 	@echo "[4/4] ris_d2 (editable) and what it requires"
-	@$(PIP_INSTALL) --no-build-isolation -e '.[opencv,beit3,dev]'
+	@$(PIP_INSTALL) --no-build-isolation -e '.[beit3,dev]'
 	@touch $@

@@ -7,8 +7,9 @@ are the tag's, byte for byte), a table of small substitutions makes it run witho
 today's Python, torch, numpy and setuptools, and the result is packed as a wheel named
 ``detectron2`` that pip installs together with what it requires.
 
-Needs the standard library, pip and an installed torch. Without network: build the wheel elsewhere
-with ``--wheel-dir DIR`` and ``pip install`` it, or pass the downloaded file with ``--sdist FILE``.
+Needs the standard library, pip, and torch and OpenCV already installed. Without network: build the
+wheel elsewhere with ``--wheel-dir DIR`` and ``pip install`` it, or pass a copy of the downloaded
+file with ``--sdist FILE``.
 """
 
 import argparse
@@ -196,6 +197,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if location is not None:
             print(f"detectron2 is already installed ({location}): left alone")
             return
+    if args.wheel_dir is None and importlib.util.find_spec("cv2") is None:
+        # detectron2's visualizer imports it; which distribution it comes from is the user's choice.
+        raise SystemExit("Install OpenCV first: pip install opencv-python-headless")
     with tempfile.TemporaryDirectory() as directory:
         sdist = args.sdist or download_sdist(Path(directory))
         wheel = build_wheel(sdist, args.wheel_dir or Path(directory))

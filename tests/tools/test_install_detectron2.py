@@ -210,6 +210,13 @@ def test_what_the_download_needs_is_said(installer, monkeypatch, tmp_path, versi
         installer.download_sdist(tmp_path)
 
 
+def test_without_opencv_it_says_what_to_install(installer, commands, monkeypatch):
+    monkeypatch.setattr(installer.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install opencv-python-headless"):
+        installer.main(["--force"])
+    assert commands == []
+
+
 def test_without_torch_it_says_what_to_install(installer, monkeypatch, tmp_path):
     monkeypatch.setattr(installer.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install torch torchvision"):
