@@ -1,0 +1,162 @@
+"""The call a user's program makes: an image and sentences in, masks out."""
+
+import logging
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .checkpoint import RISCheckpointer
+from .data.mapper import ReferringMapper
+
+logger = logging.getLogger(__name__)
+
+ImageInput = str | os.PathLike | Image.Image | np.ndarray
+
+
+class Predictor:
+    """A model that answers referring expressions about single images, on ``cfg.MODEL.DEVICE``.
+
+    The weights are MODEL.WEIGHTS, over MODEL.INIT where they leave something open. Masks have the
+    image's own size; TEST.RESOLUTION, which belongs to evaluation protocols, is ignored. The image is
+    encoded once for all sentences of a call.
+
+    Example:
+        cfg = get_ris_cfg()
+        cfg.merge_from_file("configs/shared_ris_beit3_b.yaml")
+        cfg.MODEL.WEIGHTS = "model_best.pth"
+        results = Predictor(cfg)("street.jpg", ["the left man", "the red cars"])
+
+    Attributes:
+        model: the meta-architecture in evaluation mode.
+
+    Raises:
+        FileNotFoundError, ValueError: weights or tokenizer that are missing or of another model.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.TEST.RESOLUTION = ()
+        self.model = build_model(cfg).eval()
+        RISCheckpointer(self.model, init=cfg.MODEL.INIT).load(cfg.MODEL.WEIGHTS)
+        if not cfg.MODEL.WEIGHTS:
+            logger.warning("MODEL.WEIGHTS is empty: the masks of an untrained model mean nothing")
+        self._mapper = ReferringMapper(cfg, is_train=False)
+
+    @torch.no_grad()
+    def __call__(self, image: ImageInput, sentences: str | Sequence[str]) -> list[dict]:
+        """Segment what each sentence refers to.
+
+        Args:
+            image: a path, a PIL image, or a uint8 array; see :func:`load_rgb`.
+            sentences: one sentence, or several.
+
+        Returns:
+            One dict per sentence, in order: ``expression_id`` (int, its position), ``mask`` (bool
+            (H,W) of the image's size, upright), ``score`` (float), ``no_target`` (bool: the model
+            says that nothing fits), ``instances`` (Instances or None). All tensors are on the CPU.
+
+        Raises:
+            ValueError: no sentence, an empty one, one that is no str, or an image that cannot be
+                read or has another type or shape.
+            FileNotFoundError: no such image file.
+        """
+        expressions = [
+            {"expression_id": i, "ref_id": i, "text": text, "annotation_ids": []}
+            for i, text in enumerate(_check_sentences(sentences))
+        ]
+        inputs = self._mapper.prepare(load_rgb(image), expressions)
+        results = self.model([inputs])[0]["referring"]
+        return [_to_cpu(result) for result in results]
+
+
+def load_rgb(image: ImageInput) -> np.ndarray:
+    """Return any accepted image as upright RGB.
+
+    Args:
+        image: a path or a PIL image (turned upright by its EXIF orientation; grey, palette, CMYK
+            and 16-bit grey are converted; transparency is composited on white), or a uint8 array of
+            shape (H,W,3) RGB, (H,W) grey or (H,W,4) RGBA.
+
+    Returns:
+        RGB uint8 (H,W,3).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no readable image, the array has another dtype or shape, or the
+            object is of another kind.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return _read_file(image)
+    if isinstance(image, Image.Image):
+        return _pil_to_rgb(image)
+    if isinstance(image, np.ndarray):
+        return _array_to_rgb(image)
+    raise ValueError(
+        f"image must be a path, a PIL image or a uint8 numpy array, got {type(image).__name__}"
+    )
+
+
+def _read_file(path: str | os.PathLike) -> np.ndarray:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no image file {os.fspath(path)!r}")
+    try:
+        with Image.open(path) as image:
+            return _pil_to_rgb(image)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow's three ways to fail
+        raise ValueError(f"{os.fspath(path)}: not a readable image ({error})") from error
+
+
+def _pil_to_rgb(image: Image.Image) -> np.ndarray:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # convert() would clip at 255 instead of scaling
+        grey = np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8)
+        return _array_to_rgb(grey)
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"a PIL image of mode {image.mode!r} has no known range of values; give it as 8-bit"
+        )
+    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    return _array_to_rgb(np.asarray(image.convert("RGBA" if transparent else "RGB")))
+
+
+def _array_to_rgb(array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.uint8:
+        raise ValueError(f"an image array must be uint8 with values 0..255, got {array.dtype}")
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.ndim not in (2, 3) or channels not in (1, 3, 4) or array.size == 0:
+        raise ValueError(
+            f"an image array must be (H,W,3) RGB, (H,W) grey or (H,W,4) RGBA, got {array.shape}"
+        )
+    if channels == 1:
+        return np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
+    if channels == 4:
+        alpha = array[..., 3:].astype(np.float32) / 255
+        return np.rint(array[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+    return np.ascontiguousarray(array)
+
+
+def _check_sentences(sentences: str | Sequence[str]) -> list[str]:
+    if isinstance(sentences, str):
+        sentences = [sentences]
+    if not isinstance(sentences, Sequence):
+        raise ValueError(f"sentences must be a str or a list, got {type(sentences).__name__}")
+    if not sentences:
+        raise ValueError("give at least one sentence")
+    for position, sentence in enumerate(sentences):
+        if not isinstance(sentence, str):
+            raise ValueError(f"sentence {position} must be a str, got {type(sentence).__name__}")
+        if not sentence.strip():
+            raise ValueError(f"sentence {position} is empty")
+    return sentences
+
+
+def _to_cpu(result: dict) -> dict:
+    return {
+        key: value.to("cpu") if hasattr(value, "to") else value for key, value in result.items()
+    }

@@ -1,0 +1,352 @@
+#!/usr/bin/env python
+"""From nothing to a trained, evaluated, pictured model on the CPU: what ``make quickstart`` runs.
+
+    python tools/quickstart.py [--fresh] [--output output/quickstart] [KEY VALUE ...]
+
+1. writes RefShapes, a synthetic benchmark, to $DETECTRON2_DATASETS/refshapes (datasets/refshapes),
+2. trains a tiny Shared-RIS on it with train_net.py (log in train/log.txt),
+3. evaluates it on the val split, and once more with each sentence replaced by another one of the same
+   image that refers to something else: what is left then is what the model gets without listening,
+4. writes metrics.json, training_curve.png and contact_sheet.png, and says which bars were met.
+
+Run it again and it goes on where it stopped: data that is there is kept, training resumes from its
+last checkpoint, and a finished training is only evaluated. --fresh starts over. KEY VALUE change the
+configuration, for instance SOLVER.MAX_ITER 200 for a short trial.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from detectron2.config import CfgNode  # noqa: E402
+from detectron2.data import DatasetCatalog  # noqa: E402
+from detectron2.evaluation import inference_on_dataset  # noqa: E402
+from tabulate import tabulate  # noqa: E402
+
+from ris_d2 import get_ris_cfg  # noqa: E402
+from ris_d2.data import refshapes  # noqa: E402
+from ris_d2.data.loader import build_test_loader  # noqa: E402
+from ris_d2.evaluation import ReferringEvaluator  # noqa: E402
+from ris_d2.evaluation.metrics import gres_iou  # noqa: E402
+from ris_d2.io import atomic_write, dataset_root  # noqa: E402
+from ris_d2.masks import rasterize, union  # noqa: E402
+from ris_d2.predictor import Predictor, load_rgb  # noqa: E402
+from ris_d2.visualization import (  # noqa: E402
+    PREDICTION_COLOR,
+    SheetRow,
+    contact_sheet,
+    write_png,
+)
+
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CONFIG_FILE = os.path.join(REPOSITORY, "configs", "refshapes", "shared_ris_tiny.yaml")
+DATASET = "ris_grefshapes_val"
+SCENES = refshapes.Options(
+    min_shapes=3,
+    max_shapes=5,
+    no_target_share=0.25,
+    multi_target_share=0.25,
+)
+IMAGES = {"train": 4000, "val": 300, "testA": 100, "testB": 100, "heldout": 100}
+# What the trained model has to reach on val; "over_shuffled" is gIoU minus gIoU of shuffled sentences.
+BARS = {"gIoU": 60.0, "T_acc": 85.0, "N_acc": 50.0, "over_shuffled": 20.0}
+SHEET_ROWS = {"single": 5, "multi": 4, "none": 3}
+PROGRESS_SECONDS = 20
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """Parse ``arguments`` (default: the command line), do all four steps, return metrics.json."""
+    args = _parse(arguments)
+    begin = time.perf_counter()
+    cfg = _load_cfg(args)
+    if args.fresh:
+        shutil.rmtree(args.output, ignore_errors=True)
+    _claim_output(args.output, cfg)
+
+    print(f"[1/4] RefShapes in {dataset_root()}/refshapes", flush=True)
+    root = os.path.join(dataset_root(), "refshapes")
+    refshapes.write(root, _images(args), SCENES, overwrite=args.fresh)
+
+    train_begin = time.perf_counter()
+    print(f"[2/4] training {cfg.SOLVER.MAX_ITER} iterations on {cfg.MODEL.DEVICE}", flush=True)
+    _train(args, cfg)
+    train_seconds = time.perf_counter() - train_begin
+
+    print(f"[3/4] evaluating on {DATASET}", flush=True)
+    cfg.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    predictor = Predictor(cfg)
+    metrics = _evaluate(cfg, predictor.model, os.path.join(args.output, "val"))
+    listener = _OtherSentence(predictor.model)
+    shuffled = _evaluate(cfg, listener, os.path.join(args.output, "val_shuffled"))
+
+    print("[4/4] drawing", flush=True)
+    history = _history(cfg.OUTPUT_DIR)
+    _draw_curve(history, os.path.join(args.output, "training_curve.png"))
+    sheet = contact_sheet(
+        list(_sheet_rows(predictor)),
+        title=f"{cfg.MODEL.META_ARCHITECTURE} on {DATASET}, drawn at random: gIoU {metrics['gIoU']:.1f}",
+    )
+    write_png(os.path.join(args.output, "contact_sheet.png"), sheet)
+
+    reached = {**metrics, "over_shuffled": metrics["gIoU"] - shuffled["gIoU"]}
+    report = {
+        "dataset": DATASET,
+        "metrics": metrics,
+        "shuffled_sentences": shuffled,
+        "sentences_without_partner": listener.without_partner,
+        "bars": {
+            name: {"bar": bar, "reached": reached[name], "met": bool(reached[name] >= bar)}
+            for name, bar in BARS.items()
+        },
+        "training_seconds": train_seconds,
+        "total_seconds": time.perf_counter() - begin,
+        "iterations": cfg.SOLVER.MAX_ITER,
+        "torch_threads": torch.get_num_threads(),
+    }
+    with atomic_write(os.path.join(args.output, "metrics.json")) as file:
+        json.dump(report, file, indent=2)
+    _print_summary(args, cfg, report)
+    return report
+
+
+def _load_cfg(args: argparse.Namespace) -> CfgNode:
+    cfg = get_ris_cfg()
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    cfg.OUTPUT_DIR = os.path.join(args.output, "train")
+    return cfg
+
+
+def _claim_output(output: str, cfg: CfgNode) -> None:
+    """Note the configuration in ``output``, or stop if it holds the work of another one."""
+    path = os.path.join(output, "config.yaml")
+    if os.path.exists(path):
+        with open(path) as file:
+            if file.read() != cfg.dump():
+                sys.exit(f"{output} holds another configuration's work; pass --fresh or --output")
+        return
+    with atomic_write(path) as file:
+        file.write(cfg.dump())
+
+
+def _images(args: argparse.Namespace) -> dict[str, int]:
+    return {**IMAGES, "train": args.train_images, "val": args.val_images}
+
+
+def _command(args: argparse.Namespace, *options: str) -> list[str]:
+    train_net = os.path.relpath(os.path.join(REPOSITORY, "train_net.py"))
+    config_file = os.path.relpath(args.config_file)
+    return ["python", train_net, "--config-file", config_file, *options, *args.opts]
+
+
+def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Run train_net.py to the end and print a line every PROGRESS_SECONDS."""
+    if os.path.exists(os.path.join(cfg.OUTPUT_DIR, "model_final.pth")):
+        print("      finished before; --fresh trains again", flush=True)
+        return
+    resume = os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    command = _command(args, *(["--resume"] if resume else [])) + ["OUTPUT_DIR", cfg.OUTPUT_DIR]
+    print(f"      {shlex.join(command)}", flush=True)
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    console = os.path.join(cfg.OUTPUT_DIR, "console.txt")
+    with open(console, "a") as file:
+        process = subprocess.Popen(
+            [sys.executable, *command[1:]], stdout=file, stderr=subprocess.STDOUT
+        )
+        try:
+            _follow(process, cfg)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if process.returncode:
+        with open(console) as file:
+            tail = "".join(file.readlines()[-25:])
+        sys.exit(f"{tail}\ntraining failed (status {process.returncode}); all of it in {console}")
+
+
+def _follow(process: subprocess.Popen, cfg: CfgNode) -> None:
+    begin, shown = time.perf_counter(), None
+    while True:
+        try:
+            process.wait(PROGRESS_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            pass
+        history = _history(cfg.OUTPUT_DIR)
+        last = history[-1] if history else {}
+        elapsed = _minutes(time.perf_counter() - begin)
+        if not last or last["iteration"] == shown:
+            done = last.get("iteration", -1) + 1 >= cfg.SOLVER.MAX_ITER
+            print(f"      {elapsed}  {'evaluating' if done else 'working'} ...", flush=True)
+            continue
+        shown = last["iteration"]
+        print(
+            f"      {elapsed}  iteration {shown + 1:5d} of {cfg.SOLVER.MAX_ITER}"
+            f"  loss {last['total_loss']:.3f}  {_minutes(last.get('eta_seconds', 0))} to go",
+            flush=True,
+        )
+
+
+def _history(output_dir: str) -> list[dict]:
+    """The log lines of the training by iteration; a line that a resumed run repeats counts once."""
+    path = os.path.join(output_dir, "metrics.json")
+    lines: dict[int, dict] = {}
+    if os.path.exists(path):
+        with open(path) as file:
+            for line in file:
+                if line.endswith("\n"):  # the last one may be half written
+                    record = json.loads(line)
+                    lines.setdefault(record["iteration"], {}).update(record)
+    return [lines[i] for i in sorted(lines) if "total_loss" in lines[i]]
+
+
+class _OtherSentence(torch.nn.Module):
+    """The model with each sentence replaced by the next one of its image that has other targets."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.without_partner = 0  # sentences that had to keep their own words
+
+    def forward(self, batched_inputs: list[dict]) -> list[dict]:
+        return self.model([self._exchange(inputs) for inputs in batched_inputs])
+
+    def _exchange(self, inputs: dict) -> dict:
+        targets = [set(e["annotation_ids"]) for e in inputs["expressions"]]
+        order = []
+        for i in range(len(targets)):
+            following = [*range(i + 1, len(targets)), *range(i)]
+            others = [j for j in following if targets[j] != targets[i]]
+            self.without_partner += not others
+            order.append(others[0] if others else i)
+        return {
+            **inputs,
+            "input_ids": inputs["input_ids"][order],
+            "text_mask": inputs["text_mask"][order],
+        }
+
+
+def _evaluate(cfg: CfgNode, model: torch.nn.Module, output_dir: str) -> dict[str, float]:
+    evaluator = ReferringEvaluator(DATASET, output_dir=output_dir, distributed=False)
+    loader = build_test_loader(cfg, DATASET)
+    return dict(inference_on_dataset(model, loader, evaluator)["referring"])
+
+
+def _draw_curve(history: list[dict], path: str) -> None:
+    """Training loss over iterations, as logged and as a running mean of 10 log lines."""
+    iterations = np.array([line["iteration"] + 1 for line in history])
+    losses = np.array([line["total_loss"] for line in history])
+    window = min(10, len(losses))
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(iterations, losses, color="0.75", linewidth=1, label="as logged")
+    if window:
+        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+        color = tuple(c / 255 for c in PREDICTION_COLOR)
+        axes.plot(iterations[window - 1 :], smooth, color=color, linewidth=2, label="running mean")
+    axes.set(xlabel="iteration", ylabel="training loss", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.92")
+    axes.legend(frameon=False)
+    with atomic_write(path, mode="wb") as file:
+        figure.savefig(file, format="png", dpi=130)
+    plt.close(figure)
+
+
+def _sheet_rows(predictor: Predictor, *, seed: int = 0) -> Iterator[SheetRow]:
+    """Expressions of val drawn by chance, as many of each kind as SHEET_ROWS says, one per image."""
+    rng = np.random.default_rng(seed)
+    records = DatasetCatalog.get(DATASET)
+    wanted = dict(SHEET_ROWS)
+    for number in rng.permutation(len(records)):
+        record = records[number]
+        expression = record["expressions"][rng.integers(len(record["expressions"]))]
+        kind = {0: "none", 1: "single"}.get(len(expression["annotation_ids"]), "multi")
+        if not wanted[kind]:
+            continue
+        wanted[kind] -= 1
+        yield _sheet_row(predictor, record, expression)
+
+
+def _sheet_row(predictor: Predictor, record: dict, expression: dict) -> SheetRow:
+    ids = expression["annotation_ids"]
+    parts = [
+        rasterize(a["segmentation"], record["height"], record["width"])
+        for a in record["annotations"]
+        if a["id"] in ids
+    ]
+    result = predictor(record["file_name"], expression["text"])[0]
+    prediction = result["mask"].numpy()
+    target = union(parts) if parts else np.zeros_like(prediction)
+    iou = gres_iou(
+        intersection=np.array([np.count_nonzero(prediction & target)]),
+        union=np.array([np.count_nonzero(prediction | target)]),
+        no_target=np.array([not ids]),
+        predicted_no_target=np.array([result["no_target"]]),
+    )[0]
+    return SheetRow(
+        image=load_rgb(record["file_name"]),
+        text=expression["text"],
+        target=target if ids else None,
+        prediction=None if result["no_target"] else prediction,
+        iou=float(iou),
+        note=f"score {result['score']:.2f}",
+    )
+
+
+def _print_summary(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None:
+    names = ("gIoU", "cIoU", "mIoU", "Pr@0.5", "T_acc", "N_acc")
+    rows = [
+        (title, *(f"{report[key][name]:.2f}" for name in names))
+        for title, key in (("its own sentence", "metrics"), ("another one", "shuffled_sentences"))
+    ]
+    print(f"\n{DATASET}, the model fed")
+    print(tabulate(rows, headers=("", *names), disable_numparse=True))
+    rows = [
+        (name, f">= {bar['bar']:.0f}", f"{bar['reached']:.2f}", "met" if bar["met"] else "MISSED")
+        for name, bar in report["bars"].items()
+    ]
+    print("\n" + tabulate(rows, headers=("bar", "", "reached", ""), disable_numparse=True))
+    print(
+        f"\n{_minutes(report['total_seconds'])} on {report['torch_threads']} threads, "
+        f"training {_minutes(report['training_seconds'])} of it"
+    )
+    for name in ("contact_sheet.png", "training_curve.png", "metrics.json"):
+        print(f"  {os.path.join(args.output, name)}")
+    command = _command(args, "--eval-only") + ["MODEL.WEIGHTS", cfg.MODEL.WEIGHTS]
+    print("\nThe same numbers again:\n  " + shlex.join(command), flush=True)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60:2d} min {int(seconds) % 60:02d} s"
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--fresh", action="store_true", help="delete earlier data and output first")
+    parser.add_argument("--output", default=os.path.join("output", "quickstart"), metavar="DIRECTORY")
+    parser.add_argument("--config-file", default=CONFIG_FILE, metavar="FILE")
+    parser.add_argument("--train-images", type=int, default=IMAGES["train"])
+    parser.add_argument("--val-images", type=int, default=IMAGES["val"])
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the configuration"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
