@@ -30,5 +30,5 @@ $(INSTALLED): setup.py tools/install_detectron2.py
 	@echo "[3/4] detectron2"
 	@$(BIN)/python tools/install_detectron2.py
 	@echo "[4/4] ris_d2 (editable) and what it requires"
-	@$(PIP_INSTALL) --no-build-isolation -e '.[beit3,dev]'
+	@$(PIP_INSTALL) --quiet --no-build-isolation -e '.[beit3,dev]'
 	@touch $@

@@ -14,13 +14,16 @@ setup(
     packages=find_packages(include=["ris_d2", "ris_d2.*"]),
     install_requires=[
         "torch>=2.0",
-        "torchvision",
         "numpy",
         "Pillow",
         "pycocotools>=2.0.2",
         "fvcore",
-        "iopath",
+        "huggingface_hub",
+        "matplotlib",
+        "safetensors",
+        "tabulate",
         "timm>=1.0",
+        "tokenizers",
         "transformers",
     ],
     extras_require={
