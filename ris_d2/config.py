@@ -94,6 +94,8 @@ def _add_model_keys(cfg: CN) -> None:
 
 
 def _add_solver_keys(cfg: CN) -> None:
+    # Biases and whatever else has at most one dimension; detectron2's None means as WEIGHT_DECAY.
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = 0.0
     cfg.SOLVER.RIS = CN()
     cfg.SOLVER.RIS.OPTIMIZER = "AdamW"  # AdamW | Adam
     cfg.SOLVER.RIS.BETAS = (0.9, 0.999)

@@ -1,0 +1,134 @@
+"""The optimizer and its parameter groups."""
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from torch import nn
+
+__all__ = ["build_optimizer", "parameter_groups"]
+
+logger = logging.getLogger(__name__)
+
+_NORMS = (
+    nn.modules.batchnorm._NormBase,  # every BatchNorm and InstanceNorm
+    nn.GroupNorm,
+    nn.LayerNorm,
+)
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Build SOLVER.RIS.OPTIMIZER over the trainable parameters of ``model``; the log shows its groups.
+
+    Raises:
+        ValueError: unknown optimizer, or see :func:`parameter_groups`.
+    """
+    ris = cfg.SOLVER.RIS
+    kinds = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
+    if ris.OPTIMIZER not in kinds:
+        raise ValueError(f"SOLVER.RIS.OPTIMIZER is {ris.OPTIMIZER!r}, not one of {list(kinds)}")
+    decay, bias_decay = cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.WEIGHT_DECAY_BIAS
+    groups = parameter_groups(
+        model,
+        lr=cfg.SOLVER.BASE_LR,
+        weight_decay=decay,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        weight_decay_bias=decay if bias_decay is None else bias_decay,
+        lr_factors=ris.LR_FACTORS,
+        no_decay=ris.NO_DECAY,
+    )
+    _log_groups(ris.OPTIMIZER, groups)
+    return kinds[ris.OPTIMIZER](
+        groups, lr=cfg.SOLVER.BASE_LR, betas=tuple(ris.BETAS), eps=ris.EPS, amsgrad=ris.AMSGRAD
+    )
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    weight_decay_norm: float = 0.0,
+    weight_decay_bias: float = 0.0,
+    lr_factors: Iterable[tuple[str, float]] = (),
+    no_decay: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Group the trainable parameters by learning rate and weight decay.
+
+    Args:
+        model: its parameters without gradient are left out.
+        lr: base learning rate.
+        weight_decay: of matrices and larger tensors.
+        weight_decay_norm: of normalisation layers.
+        weight_decay_bias: of biases and whatever else has at most one dimension.
+        lr_factors: (regex, factor); the first regex found in a parameter's name scales its rate.
+        no_decay: regexes of parameters without weight decay, whatever they are.
+
+    Returns:
+        groups for a torch optimizer, in the order of the model's parameters: "params", "lr",
+        "weight_decay".
+
+    Raises:
+        ValueError: a regex is found in no parameter's name (frozen ones count), is malformed, or no
+            parameter is trainable.
+    """
+    lr_factors = [(_compile(pattern), float(factor)) for pattern, factor in lr_factors]
+    no_decay = [_compile(pattern) for pattern in no_decay]
+    _check_found(model, [pattern for pattern, _ in lr_factors], "SOLVER.RIS.LR_FACTORS")
+    _check_found(model, no_decay, "SOLVER.RIS.NO_DECAY")
+
+    norms = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, _NORMS)
+        for parameter in module.parameters(recurse=False)
+    }
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor = next((f for pattern, f in lr_factors if pattern.search(name)), 1.0)
+        if any(pattern.search(name) for pattern in no_decay):
+            decay = 0.0
+        elif id(parameter) in norms:
+            decay = weight_decay_norm
+        elif parameter.ndim <= 1:
+            decay = weight_decay_bias
+        else:
+            decay = weight_decay
+        groups.setdefault((lr * factor, decay), []).append(parameter)
+    if not groups:
+        raise ValueError(f"{type(model).__name__} has no trainable parameter (MODEL.RIS.FREEZE?)")
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+
+
+def _compile(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+
+
+def _check_found(model: nn.Module, patterns: Iterable[re.Pattern], key: str) -> None:
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(pattern.search(name) for name in names):
+            raise ValueError(
+                f"{key}: {pattern.pattern!r} is found in no parameter's name; names look like "
+                f"{', '.join(names[:: max(1, len(names) // 4)][:4])}"
+            )
+
+
+def _log_groups(optimizer: str, groups: Sequence[dict[str, Any]]) -> None:
+    lines = [
+        f"  lr {group['lr']:.3g}, weight decay {group['weight_decay']:.3g}: "
+        f"{len(group['params'])} tensors, {sum(p.numel() for p in group['params']):,} parameters"
+        for group in groups
+    ]
+    logger.info("%s over %d groups:\n%s", optimizer, len(groups), "\n".join(lines))

@@ -1,0 +1,137 @@
+"""What one iteration is: one optimizer step over one or several micro-batches."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["StepTrainer"]
+
+
+class StepTrainer(SimpleTrainer):
+    """SimpleTrainer with gradient accumulation, fp16 loss scaling and clipping of the whole gradient.
+
+    Micro-batches are weighted by their expressions over all processes, so that losses which are means
+    over expressions have the gradient of the whole batch at once, whatever the sizes. (Losses that
+    normalise by something else, and BatchNorm, see micro-batches.) Precision is the model's own
+    business; only fp16 needs the scaler here.
+
+    Args:
+        model: returns a dict of scalar losses, the same keys on every process and step.
+        data_loader: yields ``accumulation`` micro-batches (lists of model inputs) per step.
+        optimizer: over the model's parameters.
+        accumulation: micro-batches per step.
+        clip_grad_norm: largest L2 norm of the gradient of all parameters together; 0 = no clipping.
+        grad_scaler: for fp16 only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable[list[dict]],
+        optimizer: torch.optim.Optimizer,
+        *,
+        accumulation: int = 1,
+        clip_grad_norm: float = 0.0,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ):
+        super().__init__(model, data_loader, optimizer)
+        self.accumulation = accumulation
+        self.clip_grad_norm = clip_grad_norm
+        self.grad_scaler = grad_scaler
+
+    def run_step(self) -> None:
+        """Take one optimizer step.
+
+        Raises:
+            FloatingPointError: a loss, or the gradient without fp16, is infinite or NaN. Names iteration
+                and samples; the parameters are those before the step.
+        """
+        if not self.model.training:
+            raise RuntimeError("the model was left in evaluation mode")
+        start = time.perf_counter()
+        batches = [next(self._data_loader_iter) for _ in range(self.accumulation)]
+        data_time = time.perf_counter() - start
+
+        self.optimizer.zero_grad()
+        losses: dict[str, Tensor] = {}
+        weights = _shares_of_expressions(batches)
+        for index, (batch, weight) in enumerate(zip(batches, weights)):
+            with self._gradient_sync(last=index == self.accumulation - 1):
+                micro_losses = {key: weight * loss for key, loss in self.model(batch).items()}
+                self._check_losses(micro_losses, batch)
+                total = sum(micro_losses.values())
+                (self.grad_scaler.scale(total) if self.grad_scaler else total).backward()
+            for key, loss in micro_losses.items():
+                losses[key] = losses.get(key, 0) + loss.detach()
+        self._write_metrics(losses, data_time)
+
+        if self.grad_scaler:
+            self.grad_scaler.unscale_(self.optimizer)
+        if self.clip_grad_norm > 0:
+            self._clip([sample for batch in batches for sample in batch])
+        if self.grad_scaler:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            self.optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self.grad_scaler:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.grad_scaler and "grad_scaler" in state_dict:  # absent after a change of precision
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+    def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def _check_losses(self, losses: dict[str, Tensor], batch: Sequence[dict]) -> None:
+        values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
+        if not all(map(math.isfinite, values)):
+            described = ", ".join(f"{key} {value}" for key, value in zip(losses, values))
+            raise FloatingPointError(
+                f"loss is not finite at iteration {self.iter}: {described}; samples: {_names(batch)}"
+            )
+
+    def _clip(self, samples: Sequence[dict]) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm).item()
+        if math.isfinite(norm):
+            get_event_storage().put_scalar("grad_norm", norm)
+        elif not self.grad_scaler:  # the scaler skips such a step and lowers its scale
+            raise FloatingPointError(
+                f"the gradient is not finite at iteration {self.iter}, the losses are; samples of "
+                f"this process: {_names(samples)}"
+            )
+
+
+def _shares_of_expressions(batches: Sequence[Sequence[dict]]) -> list[float]:
+    """The share of the step's expressions, over all processes, that each micro-batch holds."""
+    if len(batches) == 1:
+        return [1.0]
+    counts = [sum(len(sample["expressions"]) for sample in batch) for batch in batches]
+    totals = [sum(ranks) for ranks in zip(*comm.all_gather(counts))]
+    return [total / sum(totals) for total in totals]
+
+
+def _names(samples: Sequence[dict]) -> str:
+    return "; ".join(
+        f"{sample['file_name']} (image_id {sample['image_id']}, expression_ids "
+        f"{[expression['expression_id'] for expression in sample['expressions']]})"
+        for sample in samples
+    )

@@ -1,0 +1,219 @@
+"""Trainer: detectron2's DefaultTrainer with the loaders, evaluator, optimizer and step of ris_d2."""
+
+import contextlib
+import logging
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, defaults, hooks
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from torch import nn
+
+from ..checkpoint import RISCheckpointer
+from ..data.loader import build_test_loader, build_train_loader
+from ..evaluation import ReferringEvaluator
+from .hooks import BestCheckpoint, StepSeed
+from .optimizer import build_optimizer
+from .schedule import build_lr_scheduler
+from .step import StepTrainer
+
+__all__ = ["Trainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Trains and evaluates any ris_d2 model from its config, on one or several processes, with or without GPU.
+
+    A resumed run repeats the straight run step by step (same number of processes): what data a step
+    sees and what random numbers the model draws are functions of SEED and the iteration. SEED < 0
+    draws a seed once and keeps it in the checkpoint.
+
+    Raises:
+        ValueError: the config asks for something that this trainer does by another key, or see
+            ``build_optimizer``, ``build_lr_scheduler`` and the loaders.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        _check_keys(cfg)
+        self._seed_is_free = cfg.SEED < 0
+        if self._seed_is_free:
+            cfg = _with_seed(cfg, comm.shared_random_seed() % 2**31)
+        with _ddp_without_gpu():
+            super().__init__(cfg)
+        ris = self.cfg.SOLVER.RIS
+        fp16 = self.cfg.MODEL.RIS.PRECISION == "fp16"
+        self._trainer = StepTrainer(
+            self.model,
+            self.data_loader,
+            self.optimizer,
+            accumulation=ris.ACCUMULATION,
+            clip_grad_norm=ris.CLIP_GRAD_NORM,
+            grad_scaler=torch.amp.GradScaler("cuda") if fp16 else None,
+        )
+        _log_epochs(self.cfg, self.data_loader.units_per_epoch)
+
+    def build_hooks(self) -> list[HookBase]:
+        """Return the stock hooks, StepSeed before them and BestCheckpoint after the evaluation."""
+        # DefaultTrainer's constructor has just made the stock checkpointer, and hands it to hooks from here.
+        self.checkpointer = RISCheckpointer(
+            self.model,
+            self.cfg.OUTPUT_DIR,
+            init=self.cfg.MODEL.INIT,
+            save_frozen=self.cfg.MODEL.SAVE_FROZEN,
+            trainer=weakref.proxy(self),
+        )
+        self._step_seed = StepSeed(self.cfg.SEED)
+        stock = super().build_hooks()
+        if comm.is_main_process():
+            after_evaluation = 1 + next(
+                i for i, hook in enumerate(stock) if isinstance(hook, hooks.EvalHook)
+            )
+            stock.insert(
+                after_evaluation, BestCheckpoint(self.checkpointer, self.cfg.TEST.BEST_METRIC)
+            )
+        return [self._step_seed, *stock]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Resume from OUTPUT_DIR's last checkpoint, or start from MODEL.INIT and MODEL.WEIGHTS."""
+        super().resume_or_load(resume)
+        self.data_loader.start = self.start_iter
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        state.setdefault("_trainer", self._trainer.state_dict())  # v0.6 forgets the optimizer
+        state["seed"] = self.cfg.SEED
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        TrainerBase.load_state_dict(self, state_dict)
+        self._restore_seed(state_dict.get("seed"))
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+        else:
+            logger.warning("The checkpoint has no optimizer state: the optimizer starts afresh")
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """Results go to ``<OUTPUT_DIR>/inference/<dataset_name>/``; a later evaluation replaces them."""
+        return ReferringEvaluator(
+            dataset_name,
+            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
+            save_predictions=cfg.TEST.SAVE_PREDICTIONS,
+        )
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Evaluate on DATASETS.TEST.
+
+        Returns:
+            {"referring": metrics}; with several test sets {"<dataset>/referring": metrics, ...}, so that
+            TEST.EXPECTED_RESULTS can name each. Empty on other processes than the main one.
+        """
+        results = super().test(cfg, model, evaluators)
+        if len(cfg.DATASETS.TEST) <= 1:
+            return results
+        return OrderedDict(
+            (f"{dataset}/{task}", metrics)
+            for dataset, tasks in results.items()
+            for task, metrics in tasks.items()
+        )
+
+    def _restore_seed(self, seed: int | None) -> None:
+        if seed is None or seed == self.cfg.SEED:
+            return
+        if not self._seed_is_free:
+            logger.warning(
+                "SEED is %d, the checkpoint's is %d: the resumed run is not the run that was stopped",
+                self.cfg.SEED,
+                seed,
+            )
+            return
+        self.cfg = _with_seed(self.cfg, seed)
+        self._step_seed.seed = seed
+        self.data_loader.seed = seed
+
+
+@contextlib.contextmanager
+def _ddp_without_gpu() -> Iterator[None]:
+    """Within, detectron2 can distribute a model that lies on the CPU; it names a GPU in any case."""
+    stock = defaults.create_ddp_model
+
+    def create_ddp_model(model: nn.Module, **kwargs: Any) -> nn.Module:
+        if next(model.parameters()).device.type == "cpu":
+            kwargs["device_ids"] = None
+        return stock(model, **kwargs)
+
+    defaults.create_ddp_model = create_ddp_model
+    try:
+        yield
+    finally:
+        defaults.create_ddp_model = stock
+
+
+def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = seed
+    cfg.freeze()
+    return cfg
+
+
+def _check_keys(cfg: CfgNode) -> None:
+    solver = cfg.SOLVER
+    replaced = {
+        "SOLVER.AMP.ENABLED": (solver.AMP.ENABLED, "MODEL.RIS.PRECISION"),
+        "SOLVER.CLIP_GRADIENTS.ENABLED": (
+            solver.CLIP_GRADIENTS.ENABLED,
+            "SOLVER.RIS.CLIP_GRAD_NORM",
+        ),
+        "SOLVER.BIAS_LR_FACTOR": (solver.BIAS_LR_FACTOR != 1.0, "SOLVER.RIS.LR_FACTORS"),
+        "SOLVER.LR_SCHEDULER_NAME": (
+            solver.LR_SCHEDULER_NAME != "WarmupMultiStepLR",
+            "SOLVER.RIS.SCHEDULE",
+        ),
+    }
+    for key, (is_set, ours) in replaced.items():
+        if is_set:
+            raise ValueError(f"{key} has no effect here; use {ours}")
+    if cfg.MODEL.RIS.PRECISION == "fp16" and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise ValueError("MODEL.RIS.PRECISION fp16 needs a GPU; use bf16 on a CPU")
+
+
+def _log_epochs(cfg: CfgNode, units_per_epoch: int) -> None:
+    solver = cfg.SOLVER
+    micro, processes = solver.RIS.ACCUMULATION, comm.get_world_size()
+    logger.info(
+        "%d iterations x %d units = %.1f epochs of %s units (%d processes x %d micro-batches x %d)",
+        solver.MAX_ITER,
+        solver.IMS_PER_BATCH,
+        solver.MAX_ITER * solver.IMS_PER_BATCH / units_per_epoch,
+        f"{units_per_epoch:,}",
+        processes,
+        micro,
+        solver.IMS_PER_BATCH // (processes * micro),
+    )
