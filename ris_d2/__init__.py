@@ -4,5 +4,8 @@ from . import _dependencies  # noqa: F401  isort: skip (first: explains a missin
 
 from . import modeling  # noqa: F401  (registers backbones and meta-architectures)
 from .config import add_ris_config, get_ris_cfg
+from .data.catalog import register_all
 
 __all__ = ["add_ris_config", "get_ris_cfg"]
+
+register_all()
