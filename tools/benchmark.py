@@ -2,13 +2,15 @@
 """Measure what a configuration costs: model latency, mapper, evaluator, training step.
 
     python tools/benchmark.py --config-file configs/shared_ris_beit3_b.yaml [--json]
-        [--parts model mapper evaluator train] [--threads N] [--batch N] [--expressions N] [KEY VALUE ...]
+        [--parts model mapper evaluator train] [--threads N] [--batch N] [--expressions N]
+        [--seconds S] [KEY VALUE ...]
 
 Nothing has to be downloaded: weights are random and images, annotations and the tokenizer of the
-mapper's part are made on the fly. Every part runs in a process of its own, so that its peak memory is
-its own. Times are medians over repeats after warm-up; the mapper and the evaluator run on one thread,
-as in one worker of a data loader. A 640x480 jpeg with 3 polygons of 40 corners and 7 expressions
-stands for a RefCOCO image.
+mapper's part are made on the fly. Times are medians over repeats after warm-up. The mapper and the
+evaluator run on one thread, as in one worker of a data loader. Every part runs in a process of its
+own, so that its peak memory is its own: torch's allocations on a GPU, else all of the process, of
+which baseline_memory_mb were there before the part began (Python and libraries). A 640x480 jpeg with
+3 polygons of 40 corners and 7 expressions stands for a RefCOCO image.
 """
 
 import argparse
@@ -46,21 +48,22 @@ WORDS = ("the", "big", "red", "circle", "left", "of", "the", "small", "square")
 
 def measure_model(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     """Latency of one image with 1 and with 8 expressions, and the throughput of the latter."""
-    model = _random_model(cfg).eval()
+    model = build_model(cfg).eval()
     figures = {}
     for count in (1, 8):
         inputs = [_model_input(cfg, count)]
-        seconds, repeats = _median_seconds(lambda: model(inputs), device=model.device)
-        figures[f"latency_{count}_expressions_ms"] = 1000 * seconds
-        figures[f"repeats_{count}_expressions"] = repeats
-    figures["expressions_per_s_at_8"] = 8000 / figures["latency_8_expressions_ms"]
+        seconds, repeats = _median_seconds(lambda: model(inputs), args.seconds, model.device)
+        noun = "expression" if count == 1 else "expressions"
+        figures[f"latency_{count}_{noun}_ms"] = 1000 * seconds
+        figures[f"repeats_{count}_{noun}"] = repeats
+        figures[f"expressions_per_s_at_{count}"] = count / seconds
     figures["peak_memory_mb"] = _peak_memory_mb(model.device)
     return figures
 
 
 def measure_train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     """Forward, backward and AdamW step of ``--batch`` units, with the expressions of INPUT.RIS.UNIT."""
-    model = _random_model(cfg).train()
+    model = build_model(cfg).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     count = cfg.INPUT.MAX_EXPRESSIONS if cfg.INPUT.RIS.UNIT == "image" else 1
     inputs = [_model_input(cfg, count, training=True) for _ in range(args.batch)]
@@ -70,7 +73,7 @@ def measure_train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
         sum(model(inputs).values()).backward()
         optimizer.step()
 
-    seconds, repeats = _median_seconds(step, device=model.device)
+    seconds, repeats = _median_seconds(step, args.seconds, model.device)
     return {
         "batch_units": args.batch,
         "expressions_per_unit": count,
@@ -91,7 +94,7 @@ def measure_mapper(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
         write_tokenizer(cfg.INPUT.RIS.TOKENIZER.PATH)
         mapper = ReferringMapper(cfg, is_train=True)
         rng = np.random.default_rng(0)
-        seconds, repeats = _median_seconds(lambda: mapper(record, rng))
+        seconds, repeats = _median_seconds(lambda: mapper(record, rng), args.seconds)
     return {
         "input_height": cfg.INPUT.RIS.SIZE[0],
         "input_width": cfg.INPUT.RIS.SIZE[1],
@@ -161,7 +164,9 @@ def run_part(part: str, args: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
     torch.manual_seed(0)
-    return {"threads": threads, **PARTS[part](_load_cfg(args), args)}
+    cfg = _load_cfg(args)
+    baseline = _peak_memory_mb(torch.device(cfg.MODEL.DEVICE) if part not in ONE_THREAD else None)
+    return {"threads": threads, **PARTS[part](cfg, args), "baseline_memory_mb": baseline}
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -169,9 +174,10 @@ def main(arguments: list[str] | None = None) -> dict:
     args = _parse(arguments)
     cfg = _load_cfg(args)
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
+    processor = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     report = {
         "config_file": args.config_file,
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if cuda else processor,
         "precision": cfg.MODEL.RIS.PRECISION,
         "torch": torch.__version__,
         "parts": {},
@@ -183,7 +189,7 @@ def main(arguments: list[str] | None = None) -> dict:
     if args.json:
         print(json.dumps(report, indent=2))
     else:
-        print({key: value for key, value in report.items() if key != "parts"})
+        print(", ".join(f"{key} {value}" for key, value in report.items() if key != "parts"))
         rows = [(p, name, v) for p, f in report["parts"].items() for name, v in f.items()]
         print(tabulate(rows, headers=("part", "measure", "value"), floatfmt=".1f"))
     return report
@@ -197,13 +203,9 @@ def _load_cfg(args: argparse.Namespace) -> CfgNode:
 
 
 def _median_seconds(
-    function: Callable[[], object],
-    *,
-    device: torch.device | None = None,
-    budget: float = 3.0,
-    minimum: int = 5,
+    function: Callable[[], object], budget: float, device: torch.device | None = None
 ) -> tuple[float, int]:
-    """Median time of a call after two warm-up calls, over at least ``minimum`` calls and ``budget`` s."""
+    """Median time of a call and their number: after two for warm-up at least five, and ``budget`` s."""
     synchronize = (
         torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
     )
@@ -211,7 +213,7 @@ def _median_seconds(
         function()
     synchronize()
     times: list[float] = []
-    while len(times) < minimum or sum(times) < budget:
+    while len(times) < 5 or sum(times) < budget:
         begin = time.perf_counter()
         function()
         synchronize()
@@ -225,10 +227,6 @@ def _peak_memory_mb(device: torch.device | None = None) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def _random_model(cfg: CfgNode) -> torch.nn.Module:
-    return build_model(cfg)
 
 
 def _model_input(cfg: CfgNode, count: int, *, training: bool = False) -> dict:
@@ -326,6 +324,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of model and train (default: torch's choice)")
     parser.add_argument("--batch", type=int, default=2, help="units per training step")
     parser.add_argument("--expressions", type=int, default=3500, help="of the evaluator's part")
+    parser.add_argument("--seconds", type=float, default=3.0, help="least time per measurement")
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the configuration"
     )
