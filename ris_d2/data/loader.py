@@ -13,6 +13,7 @@ from detectron2.data.common import DatasetFromList
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .catalog import load_records
 from .mapper import ReferringMapper
 from .units import Draws, Units, build_units, take
 
@@ -33,7 +34,7 @@ def build_train_loader(cfg: CfgNode, *, mapper: Mapper | None = None) -> "Resuma
         ValueError: no training data, or a batch that processes and micro-batches cannot share
             equally.
     """
-    records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+    records = load_records(cfg.DATASETS.TRAIN, drop_eval_images=cfg.DATASETS.DROP_EVAL_IMAGES)
     units = build_units(records, cfg.INPUT.RIS.UNIT, max_expressions=cfg.INPUT.MAX_EXPRESSIONS)
     if not len(units):
         raise ValueError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no expressions")
@@ -96,7 +97,7 @@ class ResumableTrainLoader:
             raise ValueError(f"SOLVER.RIS.ACCUMULATION must be at least 1, not {accumulation}")
         if units_per_step < 1 or units_per_step % (world_size * accumulation):
             raise ValueError(
-                f"SOLVER.IMS_PER_BATCH {units_per_step} must be a multiple of {world_size} processes"
+                f"SOLVER.IMS_PER_BATCH {units_per_step} is not a multiple of {world_size} processes"
                 f" x SOLVER.RIS.ACCUMULATION {accumulation}"
             )
         self.start = 0

@@ -13,6 +13,7 @@ from detectron2.utils.logger import log_first_n
 
 from ..masks import rasterize, resize_nearest
 from .geometry import GEOMETRIES, INTERPOLATIONS, Placement, place, random_affine, resize_image
+from .tokenizer import Tokenizer
 from .units import UNITS, draw_unit, take
 
 logger = logging.getLogger(__name__)
@@ -100,8 +101,6 @@ class ReferringMapper:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
-        from .tokenizer import Tokenizer
-
         ris = cfg.INPUT.RIS
         affine = {
             "rotation": ris.AFFINE.ROTATION,
