@@ -1,7 +1,7 @@
 """RefShapes: rendered scenes of coloured shapes with referring expressions of known meaning.
 
 A scene is a function of (options, seed, split, index) alone: image i is the same however many
-images are made, on any machine. An expression is made from a meaning (``Find``, ``Nth``, ...), which
+images are made, on any machine. An expression is made from a meaning (``Find``, ``Nth`` ...), which
 ``evaluate`` interprets on the scene; only meanings that hold clearly (``MARGIN``) get words.
 ``write`` stores the scenes in the exact formats of RefCOCO and gRefCOCO (see datasets/README.md).
 """
@@ -301,7 +301,7 @@ def generate(split: str, number: int, options: Options = Options()) -> list[Scen
 
 
 def render(scene: Scene, options: Options = Options()) -> np.ndarray:
-    """Draw a scene: uint8 (side, side, 3) RGB, anti-aliased, with clouds behind and noise over all."""
+    """Draw a scene: uint8 (side, side, 3) RGB, anti-aliased, clouds behind and noise over all."""
     import cv2
 
     seed = hashlib.sha256(f"{options.seed}/{scene.split}/{scene.index}".encode()).digest()
@@ -412,7 +412,7 @@ def references(scenes: list[Scene], *, generalized: bool) -> list[dict]:
 
 
 def write_tokenizer(directory: str) -> None:
-    """Write a word-level tokenizer of VOCABULARY (<s> 0, <pad> 1, </s> 2, <unk> 3) for transformers."""
+    """Write a word-level tokenizer of VOCABULARY: <s> 0, <pad> 1, </s> 2, <unk> 3."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     special = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -441,7 +441,7 @@ def write(
     """Write ``numbers[split]`` scenes per split under ``root``, laid out as a real dataset root.
 
     images/train2014/*.jpg, refcoco/refs(unc).p and instances.json (without "heldout"),
-    grefcoco/grefs(unc).json and instances.json, tokenizer/, and refshapes.json with the options. The
+    grefcoco/grefs(unc).json and instances.json, tokenizer/, refshapes.json with the options. The
     tree appears whole or not at all. Returns False where the same set is there already.
 
     Raises ``FileExistsError`` where another set (unless ``overwrite``) or anything else is there.

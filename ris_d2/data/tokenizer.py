@@ -1,0 +1,265 @@
+"""Sentences to token ids: BEiT-3, BERT, CLIP or any fast tokenizer behind one call."""
+
+import logging
+import os
+import re
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.utils.logger import log_first_n
+
+from ..io import dataset_root
+
+__all__ = ["Tokenizer", "clean_text"]
+
+_DELETED = str.maketrans({**dict.fromkeys(".,'!?\"()*#:;"), "-": " ", "/": " "})
+# Files that a kind is read from, in this order of preference.
+_FILES = {
+    "beit3": ("beit3.spm", "tokenizer.json"),
+    "bert": ("tokenizer.json", "vocab.txt"),
+    "clip": ("tokenizer.json", "vocab.json"),
+    "hf": ("tokenizer.json",),
+}
+_ADVICE = {
+    "beit3": "beit3.spm is published with microsoft/unilm, folder beit3",
+    "bert": "published as bert-base-uncased on the Hugging Face hub (vocab.txt)",
+    "clip": "published as openai/clip-vit-base-patch16 on the Hugging Face hub "
+    "(vocab.json and merges.txt)",
+    "hf": "RefShapes' own is the folder tokenizer/ that datasets/make_refshapes.py writes",
+}
+_BEIT3_SPECIAL = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
+_BEIT3_SIZE = 64002  # pieces of the released beit3.spm, with the offset and <mask>
+_PROBE = "the red man on the left"
+
+
+class Tokenizer:
+    """Turns sentences into ids of one length: start token, words, end token, padding.
+
+    The first token (``input_ids[:, 0]``) stands for the sentence: <s>, [CLS] or <|startoftext|>.
+    A sentence that is too long loses its last words, never the end token.
+
+    ==========  ======================  ======================  ====================================
+    kind        start, end              pad                     path
+    ==========  ======================  ======================  ====================================
+    ``beit3``   <s> 0, </s> 2           <pad> 1                 .spm file (sentencepiece), or folder
+                                                                with beit3.spm or tokenizer.json
+    ``bert``    [CLS], [SEP]            [PAD]                   vocab.txt, or folder with it or
+                                                                tokenizer.json
+    ``clip``    <|startoftext|> 49406,  0, as openai/CLIP and   folder with tokenizer.json, or
+                <|endoftext|> 49407     ASDA (Hugging Face      vocab.json and merges.txt
+                                        pads with 49407)
+    ``hf``      bos or cls, eos or sep  as its config says      folder with tokenizer.json and
+                                                                tokenizer_config.json
+    ==========  ======================  ======================  ====================================
+
+    A .spm is read as fairseq does (XLM-R, BEiT-3): id = piece + 1, unknown = 3. CLIP texts do not
+    go through ftfy, which openai/CLIP applies: typographic quotes differ, plain text does not.
+
+    Attributes:
+        vocab_size: number of rows that an embedding table needs.
+        start_id, end_id, pad_id: int.
+    """
+
+    @configurable
+    def __init__(self, *, kind: str, path: str, max_tokens: int, clean: bool) -> None:
+        """
+        Args:
+            kind: beit3, bert, clip or hf.
+            path: file or folder, as given or under ``dataset_root()``; else a name on the Hugging
+                Face hub.
+            max_tokens: L, special tokens included.
+            clean: apply ``clean_text`` first.
+
+        Raises:
+            ValueError: unknown kind, L below 3, or a tokenizer that is damaged, knows no English
+                word, lacks special tokens or is not the released beit3.spm of that name.
+            FileNotFoundError: nothing at ``path``; says what was tried and where to get it.
+            ImportError: a .spm without the package sentencepiece.
+        """
+        if kind not in _FILES:
+            raise ValueError(f"tokenizer kind {kind!r} is unknown; there are {', '.join(_FILES)}")
+        if max_tokens < 3:
+            raise ValueError(
+                f"INPUT.RIS.MAX_TOKENS is {max_tokens}: too few for start, word and end"
+            )
+        self.kind, self.max_tokens, self.clean = kind, max_tokens, clean
+        self.file = _find_file(kind, path)
+        self._pieces = self._fast = None
+        if self.file.suffix == ".spm":
+            self._pieces = _load_pieces(self.file)
+            self.start_id, self.pad_id, self.end_id, self._unknown_id = _BEIT3_SPECIAL.values()
+            self.vocab_size = self._pieces.get_piece_size() + 2
+        else:
+            # The data loader forks; the library's threads would not survive that and it warns.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+            self._fast = _load_fast(kind, self.file)
+            self.start_id, self.end_id, self.pad_id = _special_ids(kind, self._fast, self.file)
+            self._unknown_id = self._fast.unk_token_id
+            self.vocab_size = len(self._fast)
+        if self._knows_nothing_of(self._encode([_PROBE])[0]):
+            raise ValueError(
+                f"{self.file}: not a usable {kind} tokenizer: of its {self.vocab_size} tokens none "
+                f"is in {_PROBE!r}. Is the file complete and of that kind? {_ADVICE[kind]}"
+            )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        node = cfg.INPUT.RIS.TOKENIZER
+        return {
+            "kind": node.KIND,
+            "path": node.PATH,
+            "max_tokens": cfg.INPUT.RIS.MAX_TOKENS,
+            "clean": node.CLEAN,
+        }
+
+    def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the ``input_ids`` int64 (E,L) and ``text_mask`` bool (E,L), True = real token.
+
+        Raises ``ValueError`` naming a text in which no word is left.
+        """
+        encoded = self._encode([clean_text(text) for text in texts] if self.clean else list(texts))
+        input_ids = torch.full((len(texts), self.max_tokens), self.pad_id)
+        text_mask = torch.zeros(input_ids.shape, dtype=torch.bool)
+        for row, (text, ids) in enumerate(zip(texts, encoded)):
+            if not ids:
+                raise ValueError(f"the sentence {text!r} is empty: no word is left to tokenize")
+            if self._knows_nothing_of(ids):
+                log_first_n(
+                    logging.WARNING, f"The tokenizer {self.file} knows no word of {text!r}", n=5
+                )
+            ids = [self.start_id, *ids[: self.max_tokens - 2], self.end_id]
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            text_mask[row, : len(ids)] = True
+        return input_ids, text_mask
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of the words alone."""
+        if not texts:
+            return []
+        if self._pieces is not None:
+            unknown = self._pieces.unk_id()
+            return [
+                [self._unknown_id if piece == unknown else piece + 1 for piece in pieces]
+                for pieces in self._pieces.encode(texts)
+            ]
+        return self._fast(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _knows_nothing_of(self, ids: list[int]) -> bool:
+        return all(i == self._unknown_id for i in ids)
+
+
+def clean_text(text: str) -> str:
+    """Lower-case, delete . , ' ! ? " ( ) * # : ; and turn - and / into spaces (DeRIS, C3VG)."""
+    return text.lower().translate(_DELETED).strip()
+
+
+def _find_file(kind: str, path: str) -> Path:
+    """The file to read: ``path`` itself, one in the folder ``path``, or one from the hub."""
+    if not path:
+        raise FileNotFoundError(
+            f"INPUT.RIS.TOKENIZER.PATH is empty; kind {kind} needs one: {_ADVICE[kind]}"
+        )
+    tried = [Path(path).expanduser(), Path(dataset_root(), path)]
+    found = next((place for place in tried if place.exists()), None)
+    if found is None:
+        found = _fetch(kind, path, tried)
+    names = _FILES[kind]
+    if found.is_file():
+        if found.name in names or (kind == "beit3" and found.suffix == ".spm"):
+            return found
+        raise ValueError(f"{found}: a tokenizer of kind {kind} is read from {' or '.join(names)}")
+    for file in (found / name for name in names):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(
+        f"{found}: no {' and no '.join(names)} in this folder, so there is no tokenizer of kind "
+        f"{kind} to read; {_ADVICE[kind]}"
+    )
+
+
+def _fetch(kind: str, name: str, tried: list[Path]) -> Path:
+    """Folder with the tokenizer files of the hub's repository ``name``, from its cache if there."""
+    reason = "it is not a repository name"
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.endswith((".spm", ".json", ".txt")):
+        from huggingface_hub import snapshot_download
+
+        try:
+            files = [
+                *_FILES[kind],
+                "merges.txt",
+                "tokenizer_config.json",
+                "special_tokens_map.json",
+            ]
+            return Path(snapshot_download(name, allow_patterns=files))
+        except Exception as error:  # many kinds: offline, no such repository, gated, disk full, ...
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    places = " and ".join(str(place.absolute()) for place in tried)
+    raise FileNotFoundError(
+        f"no tokenizer {name!r} (INPUT.RIS.TOKENIZER.PATH, kind {kind}): there is no {places}, and "
+        f"the Hugging Face hub did not give it ({reason}). {_ADVICE[kind]}"
+    )
+
+
+def _load_pieces(file: Path):
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise ImportError(
+            f"{file} needs the package sentencepiece (pip install sentencepiece); without it, give "
+            "INPUT.RIS.TOKENIZER.PATH a folder with the converted tokenizer.json"
+        ) from error
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{file}: not a sentencepiece model, or damaged: {error}") from error
+    ids = pieces.unk_id(), pieces.bos_id(), pieces.eos_id()
+    if ids != (0, 1, 2):
+        raise ValueError(
+            f"{file}: unknown, start and end are pieces {ids}, but BEiT-3's ids need (0, 1, 2)"
+        )
+    size = pieces.get_piece_size() + 2
+    if file.name == "beit3.spm" and size != _BEIT3_SIZE:
+        raise ValueError(
+            f"{file}: {size} tokens, but the released beit3.spm has {_BEIT3_SIZE}; "
+            f"get it again ({_ADVICE['beit3']}), or name another model differently"
+        )
+    return pieces
+
+
+def _load_fast(kind: str, file: Path):
+    """The transformers tokenizer whose files are ``file`` and its neighbours."""
+    from transformers import BertTokenizerFast, CLIPTokenizerFast, PreTrainedTokenizerFast
+
+    if kind == "clip" and file.name == "vocab.json" and not file.with_name("merges.txt").is_file():
+        raise FileNotFoundError(f"{file.with_name('merges.txt')}: missing beside {file.name}")
+    loader = {"bert": BertTokenizerFast, "clip": CLIPTokenizerFast}.get(
+        kind, PreTrainedTokenizerFast
+    )
+    try:
+        return loader.from_pretrained(str(file.parent))
+    except Exception as error:  # the tokenizers library raises bare Exception for malformed files
+        raise ValueError(f"{file}: not a readable {kind} tokenizer: {error}") from error
+
+
+def _special_ids(kind: str, fast, file: Path) -> tuple[int, int, int]:
+    """Ids of start, end and padding; ``ValueError`` where the file lacks one."""
+    vocabulary = fast.get_vocab()
+    if kind in ("bert", "clip"):  # transformers appends what is missing to the vocabulary
+        vocabulary = fast.backend_tokenizer.get_vocab(with_added_tokens=False)
+    if kind == "beit3":
+        ids = {token: vocabulary.get(token) for token in _BEIT3_SPECIAL}
+        if ids != _BEIT3_SPECIAL:
+            raise ValueError(f"{file}: special tokens are {ids}, BEiT-3 has {_BEIT3_SPECIAL}")
+        return ids["<s>"], ids["</s>"], ids["<pad>"]
+    start, end = fast.cls_token or fast.bos_token, fast.sep_token or fast.eos_token
+    tokens = {"start (bos or cls)": start, "end (eos or sep)": end, "padding (pad)": fast.pad_token}
+    missing = [f"{name} token {token}" for name, token in tokens.items() if token not in vocabulary]
+    if missing:
+        raise ValueError(
+            f"{file}: no {', no '.join(missing)} in its vocabulary of {len(vocabulary)}; it is not "
+            f"a {kind} tokenizer, or tokenizer_config.json beside it does not name them. "
+            f"{_ADVICE[kind]}"
+        )
+    start, end, pad = (vocabulary[token] for token in tokens.values())
+    return start, end, 0 if kind == "clip" else pad
