@@ -290,16 +290,22 @@ def read_image(file_name: str) -> np.ndarray:
     """
     try:
         with PathManager.open(file_name, "rb") as file:
-            data = np.frombuffer(file.read(), np.uint8)
+            data = file.read()
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{file_name}: no such image; are the images under $DETECTRON2_DATASETS complete?"
         ) from error
-    # From memory, unlike cv2.imread, a file that was cut short is an error and not half an image.
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    image = None
+    if data and not _is_cut_jpeg(data):
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     if image is None:
         raise ValueError(f"{file_name}: not an image, or one that is damaged ({len(data)} bytes)")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _is_cut_jpeg(data: bytes) -> bool:
+    # No end marker after the last scan: OpenCV 4 would fill the rest of the image with grey.
+    return data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
 
 
 # Whole words: "bright" and "upright" stay. "right" as in "directly" or "correct" cannot be told

@@ -42,7 +42,11 @@ def make_record(tmp_path):
             for id_ in ids
         ]
         expressions = [
-            {"ref_id": ref_id, "text": f"the {n} of {ref_id} on the left", "annotation_ids": list(named)}
+            {
+                "ref_id": ref_id,
+                "text": f"the {n} of {ref_id} on the left",
+                "annotation_ids": list(named),
+            }
             for ref_id, (count, named) in enumerate(refs)
             for n in range(count)
         ]

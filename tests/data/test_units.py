@@ -40,7 +40,8 @@ def test_units_of_every_kind():
     ]
     images = build_units(RECORDS, "image", max_expressions=3)
     assert list(images) == [Unit(0, (0, 1, 2, 3, 4)), Unit(2, (0, 1, 2, 3, 4))]
-    assert (sentences.max_expressions, referents.max_expressions, images.max_expressions) == (1, 1, 3)
+    assert sentences.max_expressions == referents.max_expressions == 1
+    assert images.max_expressions == 3
 
 
 def test_interleaved_sentences_of_a_referent_are_one_unit():
