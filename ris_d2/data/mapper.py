@@ -138,8 +138,8 @@ class ReferringMapper:
 
         Returns:
             dict of design.md "Model input", E expressions, N annotations, input (h,w):
-            ``image`` uint8 (3,h,w) RGB; ``views`` {name: uint8 (3,H,W)}; ``height``, ``width``;
-            ``image_id``, ``file_name``, ``source``, ``expressions``; ``input_ids`` int64 (E,L);
+            ``image`` uint8 (3,h,w) RGB; ``views`` {name: uint8 (3,H,W)}; ``height``, ``width`` of
+            the masks asked for; ``original_size`` (height, width) of the image; ``image_id``, ``file_name``, ``source``, ``expressions``; ``input_ids`` int64 (E,L);
             ``text_mask`` bool (E,L). In training ``instances`` with ``gt_masks`` BitMasks (N,h,w)
             and ``annotation_id`` int64 (N,), and ``targets`` bool (E,N). In evaluation
             ``content_box`` (x0,y0,x1,y1) and the record's ``annotations``.

@@ -61,6 +61,7 @@ def test_resolution_is_the_output_size(make_record, tokenizer):
     mapper = ReferringMapper(is_train=False, tokenizer=tokenizer, size=(8, 8), resolution=(48, 40))
     mapped = mapper(make_record())
     assert (mapped["height"], mapped["width"]) == (48, 40)
+    assert mapped["original_size"] == (12, 16)  # where the evaluator draws the annotations
 
 
 def test_prepare_needs_no_file(make_record, tokenizer):
