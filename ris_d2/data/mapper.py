@@ -1,4 +1,4 @@
-"""Dataset record or training unit -> model input (design: Model input)."""
+"""Dataset record or training unit -> model input."""
 
 import logging
 import re
@@ -129,17 +129,18 @@ class ReferringMapper:
         """Map one record.
 
         Args:
-            record: one image with its expressions and annotations (design: Records). It is not
-                changed.
+            record: one image with its expressions and annotations, as ris_d2's datasets give it.
+                It is not changed.
             rng: in training, the random numbers of this draw; the record is then a unit as it
                 stands (:func:`ris_d2.data.units.take`). None, as detectron2's loader calls: a unit
                 is drawn from the record here, with an rng seeded from torch's global generator,
                 which every DataLoader worker seeds for itself. Without meaning in evaluation.
 
         Returns:
-            dict of design.md "Model input", E expressions, N annotations, input (h,w):
-            ``image`` uint8 (3,h,w) RGB; ``views`` {name: uint8 (3,H,W)}; ``height``, ``width`` of
-            the masks asked for; ``original_size`` (height, width) of the image; ``image_id``, ``file_name``, ``source``, ``expressions``; ``input_ids`` int64 (E,L);
+            The model's input of E expressions and N annotations: ``image`` uint8 (3,h,w) RGB;
+            ``views`` {name: uint8 (3,H,W)}; ``height``, ``width`` of the masks asked for;
+            ``original_size`` (height, width) of the image; ``image_id``, ``file_name``, ``source``;
+            ``expressions`` (the dicts, copied; a flip changes ``text``); ``input_ids`` int64 (E,L);
             ``text_mask`` bool (E,L). In training ``instances`` with ``gt_masks`` BitMasks (N,h,w)
             and ``annotation_id`` int64 (N,), and ``targets`` bool (E,N). In evaluation
             ``content_box`` (x0,y0,x1,y1) and the record's ``annotations``.

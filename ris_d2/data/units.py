@@ -47,7 +47,7 @@ def build_units(records: Sequence[dict], unit: str, *, max_expressions: int = 8)
     """List the units of one epoch, in the order of the records.
 
     Args:
-        records: one dict per image (design: Records).
+        records: one dict per image, as ris_d2's datasets give them.
         unit: "sentence" (every expression by itself), "referent" (every ref_id of an image, drawn
             with one random sentence) or "image" (drawn with up to ``max_expressions`` sentences).
         max_expressions: only for "image".
