@@ -33,8 +33,8 @@ def load_json(path: str | os.PathLike) -> Any:
         return json.loads(data.decode("utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} of {len(data)} "
-            f"bytes ({error.msg}); the file is truncated or damaged, get it again"
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} "
+            f"({error.msg}; {len(data)} bytes in all); the file is truncated or damaged, get it again"
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text at byte {error.start}; not a JSON file") from error

@@ -1,0 +1,59 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from ris_d2.data.ris_json import load_ris_json
+from ris_d2.io import load_json
+
+
+def load(files):
+    return load_ris_json(files.json("custom.json", files.custom), "images")
+
+
+def test_defaults(dataset_files):
+    (record,) = load(dataset_files)
+    assert record["source"] == "custom" and record["file_name"] == "images/a.jpg"
+    assert [a["bbox"] for a in record["annotations"]] == [[10, 10, 10, 10], [0, 0, 1, 5]]
+    assert [(a["category_id"], a["iscrowd"]) for a in record["annotations"]] == [(0, 0)] * 2
+    assert [(e["ref_id"], e["annotation_ids"]) for e in record["expressions"]] == [
+        (100, [10]),
+        (7, [10, 11]),
+        (102, []),
+    ]
+
+
+@pytest.mark.parametrize(
+    "key, index, changes, message",
+    [
+        ("expressions", 1, {"annotation_ids": [10, 12]}, r"expression 1: annotation 12 is not among"),
+        ("expressions", 1, {"annotation_ids": 10}, r"expression 1: field 'annotation_ids' must be a list"),
+        ("expressions", 1, {"annotation_ids": [[10]]}, r"expression 1: field 'annotation_ids' must be"),
+        ("expressions", 0, {"text": ""}, r"expression 0: field 'text' is an empty expression"),
+        ("expressions", 2, {"id": 100}, r"expression 2: the expression id 100 occurs twice"),
+        ("expressions", 0, {"image_id": 3}, r"expression 0: image_id 3 is not among the images"),
+        ("expressions", 0, {"ref_id": "7"}, r"expression 0: field 'ref_id' must be an integer"),
+        ("annotations", 0, {"segmentation": [[1, 2, 3, 4]]}, r"annotation 10: field 'segmentation'"),
+    ],
+)
+def test_malformed_fields_are_named(dataset_files, key, index, changes, message):
+    dataset_files.custom[key][index].update(changes)
+    with pytest.raises(ValueError, match=r"custom\.json: " + message):
+        load(dataset_files)
+
+
+def test_expressions_are_required(dataset_files):
+    dataset_files.custom["expressions"] = []
+    with pytest.raises(ValueError, match="field 'expressions' is empty"):
+        load(dataset_files)
+    del dataset_files.custom["expressions"]
+    with pytest.raises(ValueError, match="field 'expressions' is missing"):
+        load(dataset_files)
+
+
+def test_the_example_of_the_readme_is_valid(tmp_path):
+    readme = Path(__file__).parents[2] / "datasets/README.md"
+    path = tmp_path / "kitchen.json"
+    path.write_text(re.search(r"```json\n(.*?)```", readme.read_text(), re.DOTALL).group(1))
+    (record,) = load_ris_json(path, "kitchen/images")
+    assert len(record["expressions"]) == len(load_json(path)["expressions"]) == 3
