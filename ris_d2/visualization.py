@@ -101,7 +101,8 @@ class SheetRow:
         image: RGB uint8 (H,W,3).
         text: the referring expression.
         target: bool (H,W) ground truth, or None where the expression refers to nothing.
-        prediction: bool (H,W), or None for the answer "nothing"; an empty mask reads the same.
+        prediction: bool (H,W), or None for the answer "nothing". A mask without a pixel that does
+            not come with this answer reads "empty mask": it does not count as having said it.
         iou: 0..1, as the evaluator counts it (1 for "nothing" where nothing is right).
         note: a few words under the sentence, such as the score.
     """
@@ -208,8 +209,8 @@ class _SheetLine:
         for text in self.note:
             draw.text((lefts[1], y), text, font=self.small, fill=_GREY)
             y += _line_height(self.small)
-        self._draw_mask(sheet, (lefts[2], top), row.target, TARGET_COLOR, "no target")
-        self._draw_mask(sheet, (lefts[3], top), row.prediction, PREDICTION_COLOR, "nothing")
+        self._draw_cell(sheet, (lefts[2], top), row.target, TARGET_COLOR, "no target")
+        self._draw_cell(sheet, (lefts[3], top), row.prediction, PREDICTION_COLOR, "nothing")
         draw.text((lefts[4], top), f"{100 * row.iou:.1f}", font=self.font, fill=_INK)
         bar = top + _line_height(self.font) + 4
         filled = round((_SCORE_WIDTH - 1) * min(max(row.iou, 0.0), 1.0))
@@ -217,7 +218,7 @@ class _SheetLine:
         if filled > 0:
             draw.rectangle((lefts[4], bar, lefts[4] + filled, bar + 6), fill=_INK)
 
-    def _draw_mask(
+    def _draw_cell(
         self,
         sheet: Image.Image,
         corner: tuple[int, int],
@@ -227,6 +228,7 @@ class _SheetLine:
     ) -> None:
         if mask is not None:
             mask = _check_mask(mask, self.row.image)
+            word = "empty mask"
         if mask is None or not mask.any():
             _draw_word(sheet, corner, self.size, word=word, color=color, font=self.font)
             return

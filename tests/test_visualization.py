@@ -97,8 +97,9 @@ def _count(sheet, color):
 def test_contact_sheet_has_one_line_per_row_and_says_nothing_in_words(image, mask):
     blank = contact_sheet([_row(image)])
     shown = contact_sheet([_row(image, target=mask, prediction=mask)])
-    empty = contact_sheet([_row(image, target=None, prediction=np.zeros_like(mask))])
-    assert (blank == empty).all(), "an empty prediction reads as nothing"
+    empty = contact_sheet([_row(image, prediction=np.zeros_like(mask))])
+    assert (blank != empty).any(), "an empty mask and the answer nothing are told apart"
+    assert (blank == contact_sheet([_row(image)])).all()
     assert blank.shape == shown.shape and (blank != shown).any()
     assert _count(shown, TARGET_COLOR) > 100 and _count(shown, PREDICTION_COLOR) > 100
     two = contact_sheet([_row(image), _row(image)])

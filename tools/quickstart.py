@@ -16,6 +16,7 @@ configuration, for instance SOLVER.MAX_ITER 200 for a short trial.
 
 import argparse
 import json
+import math
 import os
 import shlex
 import shutil
@@ -24,31 +25,25 @@ import sys
 import time
 from collections.abc import Iterator
 
-import matplotlib
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import inference_on_dataset
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tabulate import tabulate
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of backend)
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.data import DatasetCatalog  # noqa: E402
-from detectron2.evaluation import inference_on_dataset  # noqa: E402
-from tabulate import tabulate  # noqa: E402
-
-from ris_d2 import get_ris_cfg  # noqa: E402
-from ris_d2.data import refshapes  # noqa: E402
-from ris_d2.data.loader import build_test_loader  # noqa: E402
-from ris_d2.evaluation import ReferringEvaluator  # noqa: E402
-from ris_d2.evaluation.metrics import gres_iou  # noqa: E402
-from ris_d2.io import atomic_write, dataset_root  # noqa: E402
-from ris_d2.masks import rasterize, union  # noqa: E402
-from ris_d2.predictor import Predictor, load_rgb  # noqa: E402
-from ris_d2.visualization import (  # noqa: E402
-    PREDICTION_COLOR,
-    SheetRow,
-    contact_sheet,
-    write_png,
-)
+from ris_d2 import get_ris_cfg
+from ris_d2.data import refshapes
+from ris_d2.data.loader import build_test_loader
+from ris_d2.evaluation import ReferringEvaluator
+from ris_d2.evaluation.metrics import gres_iou
+from ris_d2.evaluation.report import finite_or_null
+from ris_d2.io import atomic_write, dataset_root
+from ris_d2.masks import rasterize, union
+from ris_d2.predictor import Predictor, load_rgb
+from ris_d2.visualization import SheetRow, contact_sheet, write_png
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG_FILE = os.path.join(REPOSITORY, "configs", "refshapes", "shared_ris_tiny.yaml")
@@ -62,7 +57,8 @@ SCENES = refshapes.Options(
 IMAGES = {"train": 4000, "val": 300, "testA": 100, "testB": 100, "heldout": 100}
 # What the trained model has to reach on val; "over_shuffled" is gIoU minus gIoU of shuffled sentences.
 BARS = {"gIoU": 60.0, "T_acc": 85.0, "N_acc": 50.0, "over_shuffled": 20.0}
-SHEET_ROWS = {"single": 5, "multi": 4, "none": 3}
+SHEET_ROWS = {"single": 4, "multi": 3, "none": 3}
+CURVE_COLORS = ("#e66e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito
 PROGRESS_SECONDS = 20
 
 
@@ -77,7 +73,11 @@ def main(arguments: list[str] | None = None) -> dict:
 
     print(f"[1/4] RefShapes in {dataset_root()}/refshapes", flush=True)
     root = os.path.join(dataset_root(), "refshapes")
-    refshapes.write(root, _images(args), SCENES, overwrite=args.fresh)
+    images = {**IMAGES, "train": args.train_images, "val": args.val_images}
+    try:
+        refshapes.write(root, images, SCENES, overwrite=args.fresh)
+    except FileExistsError as error:
+        sys.exit(f"{error}\n(here: --fresh replaces an earlier RefShapes)")
 
     train_begin = time.perf_counter()
     print(f"[2/4] training {cfg.SOLVER.MAX_ITER} iterations on {cfg.MODEL.DEVICE}", flush=True)
@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> dict:
     cfg.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     predictor = Predictor(cfg)
     metrics = _evaluate(cfg, predictor.model, os.path.join(args.output, "val"))
-    listener = _OtherSentence(predictor.model)
+    listener = _OtherSentence(predictor.model).eval()
     shuffled = _evaluate(cfg, listener, os.path.join(args.output, "val_shuffled"))
 
     print("[4/4] drawing", flush=True)
@@ -96,7 +96,8 @@ def main(arguments: list[str] | None = None) -> dict:
     _draw_curve(history, os.path.join(args.output, "training_curve.png"))
     sheet = contact_sheet(
         list(_sheet_rows(predictor)),
-        title=f"{cfg.MODEL.META_ARCHITECTURE} on {DATASET}, drawn at random: gIoU {metrics['gIoU']:.1f}",
+        title=f"{cfg.MODEL.META_ARCHITECTURE} on {DATASET}: gIoU {metrics['gIoU']:.1f}, drawn at random",
+        cell=168,
     )
     write_png(os.path.join(args.output, "contact_sheet.png"), sheet)
 
@@ -116,7 +117,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "torch_threads": torch.get_num_threads(),
     }
     with atomic_write(os.path.join(args.output, "metrics.json")) as file:
-        json.dump(report, file, indent=2)
+        json.dump(finite_or_null(report), file, indent=2)
     _print_summary(args, cfg, report)
     return report
 
@@ -139,10 +140,6 @@ def _claim_output(output: str, cfg: CfgNode) -> None:
         return
     with atomic_write(path) as file:
         file.write(cfg.dump())
-
-
-def _images(args: argparse.Namespace) -> dict[str, int]:
-    return {**IMAGES, "train": args.train_images, "val": args.val_images}
 
 
 def _command(args: argparse.Namespace, *options: str) -> list[str]:
@@ -185,7 +182,7 @@ def _follow(process: subprocess.Popen, cfg: CfgNode) -> None:
             return
         except subprocess.TimeoutExpired:
             pass
-        history = _history(cfg.OUTPUT_DIR)
+        history = [line for line in _history(cfg.OUTPUT_DIR) if "total_loss" in line]
         last = history[-1] if history else {}
         elapsed = _minutes(time.perf_counter() - begin)
         if not last or last["iteration"] == shown:
@@ -210,7 +207,7 @@ def _history(output_dir: str) -> list[dict]:
                 if line.endswith("\n"):  # the last one may be half written
                     record = json.loads(line)
                     lines.setdefault(record["iteration"], {}).update(record)
-    return [lines[i] for i in sorted(lines) if "total_loss" in lines[i]]
+    return [lines[i] for i in sorted(lines)]
 
 
 class _OtherSentence(torch.nn.Module):
@@ -246,23 +243,31 @@ def _evaluate(cfg: CfgNode, model: torch.nn.Module, output_dir: str) -> dict[str
 
 
 def _draw_curve(history: list[dict], path: str) -> None:
-    """Training loss over iterations, as logged and as a running mean of 10 log lines."""
-    iterations = np.array([line["iteration"] + 1 for line in history])
-    losses = np.array([line["total_loss"] for line in history])
-    window = min(10, len(losses))
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(iterations, losses, color="0.75", linewidth=1, label="as logged")
-    if window:
-        smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-        color = tuple(c / 255 for c in PREDICTION_COLOR)
-        axes.plot(iterations[window - 1 :], smooth, color=color, linewidth=2, label="running mean")
-    axes.set(xlabel="iteration", ylabel="training loss", ylim=(0, None))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="0.92")
-    axes.legend(frameon=False)
+    """Training losses (medians of 20 iterations, as detectron2 logs them) and gIoU of evaluations."""
+    losses = [line for line in history if "total_loss" in line]
+    evaluations = [line for line in history if "referring/gIoU" in line]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = sorted({n for line in losses for n in line if n.startswith("loss_")})
+    for name, color in zip(["total_loss", *names], CURVE_COLORS):
+        label = name.removeprefix("loss_").removesuffix("_loss")
+        width = 2.2 if name == "total_loss" else 1.3
+        _draw_line(left, losses, name, color=color, linewidth=width, label=label)
+    left.set(title="training loss", xlim=(0, None), ylim=(0, None))
+    left.legend(frameon=False)
+    _draw_line(right, evaluations, "referring/gIoU", color=CURVE_COLORS[0], marker="o", linewidth=2.2)
+    right.axhline(BARS["gIoU"], color="0.6", linestyle="--", linewidth=1)
+    right.set(title=f"gIoU on {DATASET} (dashed: the bar)", ylim=(0, 100), xlim=left.get_xlim())
+    for axes in (left, right):
+        axes.set_xlabel("iteration")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.92")
     with atomic_write(path, mode="wb") as file:
-        figure.savefig(file, format="png", dpi=130)
-    plt.close(figure)
+        figure.savefig(file, format="png", dpi=120)
+
+
+def _draw_line(axes: Axes, history: list[dict], name: str, **style: object) -> None:
+    axes.plot([line["iteration"] + 1 for line in history], [line[name] for line in history], **style)
 
 
 def _sheet_rows(predictor: Predictor, *, seed: int = 0) -> Iterator[SheetRow]:
@@ -309,13 +314,13 @@ def _sheet_row(predictor: Predictor, record: dict, expression: dict) -> SheetRow
 def _print_summary(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None:
     names = ("gIoU", "cIoU", "mIoU", "Pr@0.5", "T_acc", "N_acc")
     rows = [
-        (title, *(f"{report[key][name]:.2f}" for name in names))
+        (title, *(_percent(report[key][name]) for name in names))
         for title, key in (("its own sentence", "metrics"), ("another one", "shuffled_sentences"))
     ]
     print(f"\n{DATASET}, the model fed")
     print(tabulate(rows, headers=("", *names), disable_numparse=True))
     rows = [
-        (name, f">= {bar['bar']:.0f}", f"{bar['reached']:.2f}", "met" if bar["met"] else "MISSED")
+        (name, f">= {bar['bar']:.0f}", _percent(bar["reached"]), "met" if bar["met"] else "MISSED")
         for name, bar in report["bars"].items()
     ]
     print("\n" + tabulate(rows, headers=("bar", "", "reached", ""), disable_numparse=True))
@@ -326,7 +331,12 @@ def _print_summary(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None
     for name in ("contact_sheet.png", "training_curve.png", "metrics.json"):
         print(f"  {os.path.join(args.output, name)}")
     command = _command(args, "--eval-only") + ["MODEL.WEIGHTS", cfg.MODEL.WEIGHTS]
+    command += ["OUTPUT_DIR", os.path.join(args.output, "eval")]
     print("\nThe same numbers again:\n  " + shlex.join(command), flush=True)
+
+
+def _percent(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{value:.2f}"
 
 
 def _minutes(seconds: float) -> str:

@@ -14,8 +14,8 @@ def load_tool():
     """``load_tool("demo")`` returns tools/demo.py as a module."""
 
     def load(name):
-        path = REPOSITORY / "tools" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(f"tools_{name}", path)
+        path = (REPOSITORY / "tools" / f"{name}.py").resolve()
+        spec = importlib.util.spec_from_file_location(f"tools_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)

@@ -1,0 +1,125 @@
+"""tools/quickstart.py: the whole way on a handful of images, and what its parts promise."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+@pytest.fixture
+def quickstart(load_tool, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    return load_tool("quickstart")
+
+
+@pytest.fixture
+def config(tiny_config, tmp_path):
+    path = tmp_path / "quick.yaml"
+    path.write_text(
+        f"""
+_BASE_: {tiny_config}
+INPUT: {{RIS: {{TOKENIZER: {{PATH: refshapes/tokenizer}}}}}}
+DATASETS: {{TRAIN: ["ris_grefshapes_train"], TEST: ["ris_grefshapes_val"]}}
+DATALOADER: {{NUM_WORKERS: 0}}
+SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: 3, BASE_LR: 0.001}}
+"""
+    )
+    return str(path)
+
+
+def _arguments(config, output, *more):
+    paths = ["--config-file", config, "--output", str(output)]
+    return paths + ["--train-images", "8", "--val-images", "12", *more]
+
+
+def test_the_whole_way_and_the_command_that_it_prints(
+    quickstart, load_tool, config, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    report = quickstart.main(_arguments(config, output))
+    printed = capsys.readouterr().out
+    assert json.loads((output / "metrics.json").read_text()) == report
+    assert report["metrics"]["num_expressions"] > 50
+    assert report["bars"]["gIoU"]["met"] is False and "MISSED" in printed
+    reached = report["bars"]["over_shuffled"]["reached"]
+    assert reached == report["metrics"]["gIoU"] - report["shuffled_sentences"]["gIoU"]
+    sheet = Image.open(output / "contact_sheet.png")
+    assert sheet.height > 10 * 160, "ten rows"
+    assert Image.open(output / "training_curve.png").width > 500
+
+    # The printed command gives the same numbers.
+    command = printed.split("The same numbers again:\n")[1].split()
+    assert command[:2] == ["python", os.path.relpath(quickstart.REPOSITORY + "/train_net.py")]
+    train_net = load_tool("../train_net")
+    parser = train_net.default_argument_parser()
+    results = train_net.main(parser.parse_args(command[2:]))
+    assert results["referring"] == report["metrics"]
+
+    # A second run keeps data and training, and another configuration is not mixed in.
+    weights = output / "train" / "model_final.pth"
+    before = weights.stat().st_mtime_ns
+    assert quickstart.main(_arguments(config, output))["metrics"] == report["metrics"]
+    assert "finished before" in capsys.readouterr().out
+    assert weights.stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match="--fresh"):
+        quickstart.main(_arguments(config, output, "SOLVER.BASE_LR", "0.1"))
+
+
+def test_a_failing_training_shows_its_error(quickstart, config, tmp_path):
+    arguments = _arguments(config, tmp_path / "out", "MODEL.RIS.PRECISION", "fp17")
+    with pytest.raises(SystemExit, match="(?s)fp17.*training failed"):
+        quickstart.main(arguments)
+
+
+def test_other_sentence_exchanges_words_for_other_targets(quickstart):
+    seen = []
+
+    class Model(torch.nn.Module):
+        def forward(self, batched_inputs):
+            seen.extend(batched_inputs)
+            return []
+
+    def unit(*targets):
+        return {
+            "expressions": [{"annotation_ids": list(t)} for t in targets],
+            "input_ids": torch.arange(len(targets))[:, None],
+            "text_mask": torch.ones(len(targets), 1, dtype=torch.bool),
+        }
+
+    listener = quickstart._OtherSentence(Model())
+    original = unit([1], [1], [2, 1], [], [1, 2])
+    listener([original, unit([3], [3])])
+    # 0 and 1 mean the same and take 2; 2 takes 3; 3 takes 4; 4 = 2 in other order, and takes 0.
+    assert seen[0]["input_ids"][:, 0].tolist() == [2, 2, 3, 4, 0]
+    assert seen[1]["input_ids"][:, 0].tolist() == [0, 1] and listener.without_partner == 2
+    assert original["input_ids"][:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_history_survives_resume_and_a_half_written_line(quickstart, tmp_path):
+    lines = [
+        {"iteration": 19, "total_loss": 2.0},
+        {"iteration": 39, "total_loss": 1.5},
+        {"iteration": 39, "referring/gIoU": 10.0},
+        {"iteration": 39, "total_loss": 1.4},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 59, "tot'
+    (tmp_path / "metrics.json").write_text(text)
+    assert quickstart._history(str(tmp_path)) == [
+        {"iteration": 19, "total_loss": 2.0},
+        {"iteration": 39, "total_loss": 1.4, "referring/gIoU": 10.0},
+    ]
+    assert quickstart._history(str(tmp_path / "absent")) == []
+
+
+def test_the_scenes_of_the_quickstart_are_as_promised(quickstart):
+    """3 to 5 shapes; at least 20 % of the expressions without target, 20 % with several."""
+    scenes = quickstart.refshapes.generate("val", 150, quickstart.SCENES)
+    shapes = {len(scene.shapes) for scene in scenes}
+    assert min(shapes) >= 3 and max(shapes) <= 5
+    numbers = np.array([len(e.targets) for scene in scenes for e in scene.expressions])
+    assert (numbers == 0).mean() >= 0.2 and (numbers > 1).mean() >= 0.2
+    words = {word for scene in scenes for e in scene.expressions for word in e.text.split()}
+    assert {"red", "circle", "big", "left", "above"} <= words
