@@ -87,7 +87,7 @@ def load_init(model: nn.Module, init: Iterable[Sequence[str]]) -> dict[str, tupl
         if unfilled:
             raise ValueError(
                 f"{path} ({source}) leaves {len(unfilled)} of {len(part.state_dict())} tensors of "
-                f"{type(part).__name__} unfilled:{_some(unfilled)}; does the config describe the "
+                f"{type(part).__name__} unfilled{_some(unfilled)}; does the config describe the "
                 "same architecture (depth, width, patch size, vocabulary)?"
             )
         part.load_state_dict(fit.used, strict=False)
@@ -220,7 +220,7 @@ class RISCheckpointer(DetectionCheckpointer):
         logger.info("Checkpoint %s: %s", self._loading, fit)
         missing = [name for name in fit.missing + fit.misshapen if name not in filled]
         if missing:
-            logger.warning("Neither file fills %d tensors:%s", len(missing), _some(missing))
+            logger.warning("No file fills %d tensors%s", len(missing), _some(missing))
         self.model.load_state_dict(fit.used, strict=False)
         self._filled_by_init = {k: v for k, v in filled.items() if k not in fit.used}
 

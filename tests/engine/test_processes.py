@@ -1,0 +1,85 @@
+"""Two processes on the CPU, started by --num-gpus 2 and by torchrun, against one."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ris_toy import ToyTrainer, toy_cfg
+
+HERE = Path(__file__).parent
+OPTIONS = {"TOY_DROPOUT": 0.0, "SOLVER__RIS__ACCUMULATION": 2, "TEST__EVAL_PERIOD": 4}
+
+
+def run_script(output_dir, *arguments, launcher=()):
+    options = [str(x) for k, v in OPTIONS.items() for x in (k.replace("__", "."), v)]
+    command = [sys.executable, *launcher, str(HERE / "toy_train_net.py"), *arguments]
+    paths = [str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    process = subprocess.Popen(
+        [*command, "OUTPUT_DIR", str(output_dir), *options],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a group of its own, so that no worker outlives a failing test
+    )
+    try:
+        output, _ = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+    return output
+
+
+def losses(output_dir):
+    lines = [json.loads(line) for line in (output_dir / "metrics.json").read_text().splitlines()]
+    return [line["total_loss"] for line in lines if "total_loss" in line]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("one")
+    torch.manual_seed(7)  # as default_setup does with SEED on rank 0
+    trainer = ToyTrainer(toy_cfg(output_dir, **OPTIONS))
+    trainer.resume_or_load(False)
+    trainer.train()
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("two")
+    run_script(output_dir, "--num-gpus", "2", "--dist-url", "auto")
+    return output_dir
+
+
+def results(output_dir):
+    return (output_dir / "inference" / "ris_toy_val" / "results.json").read_text()
+
+
+def test_two_processes_train_as_one(one, two):
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    models = [
+        torch.load(path / "model_final.pth", weights_only=True)["model"] for path in (one, two)
+    ]
+    for name, value in models[0].items():
+        assert torch.allclose(models[1][name], value, atol=1e-4), name
+
+
+def test_two_processes_evaluate_as_one(one, two):
+    assert results(two) == results(one)
+
+
+def test_torchrun_evaluates_a_checkpoint_as_training_did(two):
+    before = results(two)
+    (two / "inference" / "ris_toy_val" / "results.json").unlink()
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    output = run_script(two, "--eval-only", "--resume", launcher=launcher)
+    assert results(two) == before
+    assert "gIoU" in output

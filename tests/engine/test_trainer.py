@@ -1,0 +1,231 @@
+import json
+import logging
+import math
+
+import pytest
+import torch
+from detectron2.engine import HookBase
+from ris_toy import ToyTrainer, toy_cfg, toy_mapper
+
+from ris_d2.data.loader import build_train_loader
+
+
+class Recorder(HookBase):
+    """The losses as they were logged, at full precision."""
+
+    def __init__(self):
+        self.losses = []
+
+    def after_step(self):
+        self.losses.append(self.trainer.storage.latest()["total_loss"][0])
+
+
+def train(output_dir, *, resume=False, seed_of_init=0, trainer_class=ToyTrainer, **options):
+    torch.manual_seed(seed_of_init)
+    trainer, recorder = trainer_class(toy_cfg(output_dir, **options)), Recorder()
+    trainer.register_hooks([recorder])
+    trainer.resume_or_load(resume)
+    trainer.train()
+    return trainer, recorder.losses
+
+
+def parameters(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize(
+    "workers, resumed_workers, accumulation", [(0, 0, 1), (2, 0, 2), (0, 2, 2)]
+)
+def test_resumed_training_repeats_the_straight_one(
+    tmp_path, workers, resumed_workers, accumulation
+):
+    # A schedule without end, so that MAX_ITER does not change the learning rates.
+    options = {
+        "SOLVER__RIS__ACCUMULATION": accumulation,
+        "SOLVER__STEPS": (),
+        "SOLVER__WARMUP_ITERS": 0,
+    }
+    straight, losses = train(tmp_path / "straight", SOLVER__MAX_ITER=20, **options)
+    _, first = train(
+        tmp_path / "halves", SOLVER__MAX_ITER=10, DATALOADER__NUM_WORKERS=workers, **options
+    )
+    resumed, second = train(
+        tmp_path / "halves",
+        resume=True,
+        seed_of_init=99,
+        SOLVER__MAX_ITER=20,
+        DATALOADER__NUM_WORKERS=resumed_workers,
+        **options,
+    )
+    assert len(losses) == 20 and len(set(losses)) == 20
+    assert first + second == losses
+    assert torch.equal(parameters(resumed), parameters(straight))
+
+
+def test_interrupted_schedule_resumes_where_it_was(tmp_path):
+    class Interrupted(ToyTrainer):
+        def run_step(self):
+            if self.iter == 5:
+                raise KeyboardInterrupt
+            super().run_step()
+
+    options = {"SOLVER__CHECKPOINT_PERIOD": 4, "SOLVER__RIS__SCHEDULE": "poly"}
+    straight, losses = train(tmp_path / "straight", **options)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "halves", trainer_class=Interrupted, **options)
+    resumed, rest = train(tmp_path / "halves", resume=True, seed_of_init=99, **options)
+    assert rest == losses[4:]
+    assert torch.equal(parameters(resumed), parameters(straight))
+
+
+def test_free_seed_is_drawn_once_and_resumed(tmp_path):
+    first, _ = train(tmp_path, SEED=-1, SOLVER__MAX_ITER=2)
+    resumed, _ = train(tmp_path, resume=True, SEED=-1, SOLVER__MAX_ITER=4)
+    other, _ = train(tmp_path / "other", SEED=-1, SOLVER__MAX_ITER=2)
+    assert first.cfg.SEED >= 0
+    assert first.cfg.SEED == resumed.cfg.SEED == resumed.data_loader.seed
+    assert resumed._step_seed.seed == first.cfg.SEED
+    assert other.cfg.SEED != first.cfg.SEED
+
+
+def test_resuming_with_another_seed_warns(tmp_path, caplog):
+    train(tmp_path, SEED=1, SOLVER__MAX_ITER=1)
+    with caplog.at_level(logging.WARNING, "ris_d2"):
+        trainer, _ = train(tmp_path, resume=True, SEED=2, SOLVER__MAX_ITER=2)
+    assert "SEED is 2, the checkpoint's is 1" in caplog.text
+    assert trainer.data_loader.seed == 2
+
+
+def test_micro_batches_have_the_gradient_of_the_whole_batch(tmp_path):
+    options = {"SOLVER__MAX_ITER": 5, "TOY_DROPOUT": 0.0}  # units differ in their expressions
+    whole, losses = train(tmp_path / "1", **options)
+    parts, same = train(tmp_path / "4", SOLVER__RIS__ACCUMULATION=4, **options)
+    assert same == pytest.approx(losses, abs=1e-6)
+    assert torch.allclose(parameters(parts), parameters(whole), atol=1e-5)
+
+
+def test_checkpoint_without_optimizer_state_loads(tmp_path, caplog):
+    """As stock detectron2 0.6 writes it."""
+    train(tmp_path, SOLVER__MAX_ITER=2)
+    path = tmp_path / "model_final.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["trainer"]["_trainer"]["optimizer"]["state"]
+    del checkpoint["trainer"]["_trainer"]
+    del checkpoint["trainer"]["seed"]
+    torch.save(checkpoint, path)
+    with caplog.at_level(logging.WARNING, "ris_d2"):
+        trainer, losses = train(tmp_path, resume=True, SOLVER__MAX_ITER=4)
+    assert "no optimizer state" in caplog.text
+    assert trainer.start_iter == 2 and len(losses) == 2
+
+
+def test_nan_loss_stops_and_names_the_samples(tmp_path):
+    def mapper(record, rng=None):
+        inputs = toy_mapper(record, rng)
+        if record["image_id"] == 5:
+            inputs["numbers"] = inputs["numbers"] * math.nan
+        return inputs
+
+    class Poisoned(ToyTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return build_train_loader(cfg, mapper=mapper)
+
+    with pytest.raises(FloatingPointError) as stopped:
+        train(tmp_path, trainer_class=Poisoned, SOLVER__IMS_PER_BATCH=2, SOLVER__RIS__ACCUMULATION=2)
+    message = str(stopped.value)
+    assert "at iteration " in message and "loss_toy nan" in message
+    assert "image5.jpg (image_id 5, expression_ids [9, 10, 11])" in message
+    assert message.count(".jpg") == 1  # the other micro-batch is innocent
+    assert not (tmp_path / "model_final.pth").exists()
+
+
+def test_gradient_is_clipped_as_a_whole(tmp_path):
+    options = {"SOLVER__MAX_ITER": 1, "SOLVER__RIS__ACCUMULATION": 2, "TOY_DROPOUT": 0.0}
+    clipped, _ = train(tmp_path / "a", SOLVER__RIS__CLIP_GRAD_NORM=0.01, **options)
+    free, _ = train(tmp_path / "b", SOLVER__RIS__CLIP_GRAD_NORM=0.0, **options)
+
+    def gradient(trainer):
+        return torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+    assert gradient(clipped).norm().item() == pytest.approx(0.01, rel=1e-3)
+    expected = gradient(free) * 0.01 / gradient(free).norm()
+    assert torch.allclose(gradient(clipped), expected, atol=1e-6)
+    assert clipped.storage.latest()["grad_norm"][0] == pytest.approx(gradient(free).norm().item())
+
+
+def test_evaluates_each_test_set_and_writes_it_apart(tmp_path):
+    trainer, _ = train(tmp_path, SOLVER__MAX_ITER=1, DATASETS__TEST=("ris_toy_val", "ris_toy_test"))
+    results = trainer._last_eval_results
+    assert set(results) == {"ris_toy_val/referring", "ris_toy_test/referring"}
+    assert 0 <= results["ris_toy_val/referring"]["gIoU"] <= 100
+    for name in ("ris_toy_val", "ris_toy_test"):
+        assert (tmp_path / "inference" / name / "results.json").is_file()
+
+
+def test_expected_results_are_checked_at_the_end(tmp_path):
+    wrong = [["referring", "gIoU", 12345.0, 0.1]]
+    with pytest.raises(SystemExit):
+        train(tmp_path, SOLVER__MAX_ITER=1, TEST__EXPECTED_RESULTS=wrong)
+
+
+class Scored(ToyTrainer):
+    """Evaluations in a row give these scores: per test set, gIoU."""
+
+    scores: list
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        first, second = cls.scores.pop(0)
+        return {"a/referring": {"gIoU": first}, "b/referring": {"gIoU": second, "other": 99.0}}
+
+
+def best(tmp_path):
+    record = json.loads((tmp_path / "model_best.json").read_text())
+    weights = torch.load(tmp_path / "model_best.pth", weights_only=True)
+    assert weights["iteration"] == record["iteration"] and "trainer" not in weights
+    return record
+
+
+def test_best_checkpoint_survives_resume(tmp_path):
+    nan = math.nan
+    Scored.scores = [(10.0, 30.0), (nan, 50.0), (40.0, 42.0)]  # means 20, 50, 41
+    train(tmp_path, trainer_class=Scored, SOLVER__MAX_ITER=6, TEST__EVAL_PERIOD=2)
+    assert best(tmp_path) == {"metric": "gIoU", "value": 50.0, "iteration": 4}
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+    Scored.scores = [(45.0, 45.0), (nan, nan), (60.0, 41.0)]  # means 45, undefined, 50.5
+    train(tmp_path, resume=True, trainer_class=Scored, SOLVER__MAX_ITER=8, TEST__EVAL_PERIOD=8)
+    assert best(tmp_path)["iteration"] == 4
+    train(tmp_path, resume=True, trainer_class=Scored, SOLVER__MAX_ITER=10, TEST__EVAL_PERIOD=10)
+    assert best(tmp_path)["iteration"] == 4
+    train(tmp_path, resume=True, trainer_class=Scored, SOLVER__MAX_ITER=12, TEST__EVAL_PERIOD=12)
+    assert best(tmp_path) == {"metric": "gIoU", "value": 50.5, "iteration": 12}
+
+    Scored.scores = [(1.0, 3.0)]  # a new training in the same directory
+    train(tmp_path, trainer_class=Scored, SOLVER__MAX_ITER=1)
+    assert best(tmp_path) == {"metric": "gIoU", "value": 2.0, "iteration": 1}
+
+
+def test_log_gives_epochs_and_parameter_groups(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "ris_d2"):
+        ToyTrainer(toy_cfg(tmp_path, SOLVER__RIS__ACCUMULATION=2))
+    assert (
+        "8 iterations x 4 units = 3.2 epochs of 10 units (1 processes x 2 micro-batches x 2)"
+        in caplog.text
+    )
+    assert "AdamW over 2 groups" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "key, value, ours",
+    [
+        ("SOLVER__AMP__ENABLED", True, "MODEL.RIS.PRECISION"),
+        ("SOLVER__CLIP_GRADIENTS__ENABLED", True, "SOLVER.RIS.CLIP_GRAD_NORM"),
+        ("SOLVER__LR_SCHEDULER_NAME", "WarmupCosineLR", "SOLVER.RIS.SCHEDULE"),
+        ("MODEL__RIS__PRECISION", "fp16", "bf16"),
+    ],
+)
+def test_keys_without_effect_are_refused(tmp_path, key, value, ours):
+    with pytest.raises(ValueError, match=ours):
+        ToyTrainer(toy_cfg(tmp_path, **{key: value}))

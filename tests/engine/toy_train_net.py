@@ -1,0 +1,11 @@
+"""train_net.py with the toy model; a script, because spawned processes import the main module anew."""
+
+import ris_toy
+import train_net
+from detectron2.engine import default_argument_parser
+
+train_net.Trainer = ris_toy.ToyTrainer
+train_net.get_ris_cfg = lambda: ris_toy.toy_cfg("unset")
+
+if __name__ == "__main__":
+    train_net.run(default_argument_parser().parse_args())
