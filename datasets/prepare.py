@@ -1,7 +1,7 @@
-"""Say which dataset files are there, which are missing, and whether their numbers are the published ones.
+"""Say which dataset files are there, which are missing, and whether the counts are the published.
 
-Exit status 1 where a file is broken or a number differs from the published one; a dataset or image that
-is not there is reported, and no error.
+Exit status 1 where a file is broken or a count differs from the published one; a dataset or image
+that is not there is reported, and no error.
 """
 
 import argparse
@@ -22,9 +22,8 @@ class Counts(NamedTuple):
     expressions: int | None = None
 
 
-# Images and refs: the datasets' papers as tabulated by TensorFlow Datasets (ref_coco); expressions: the
-# UNC, UMD and Google splits add up to the 142,210, 141,564, 95,010 and 95,010 of REFER. PhraseCut: its
-# README.
+# Images and refs as tabulated by TensorFlow Datasets (ref_coco); the expressions add up to RefCOCO's
+# 142,210, RefCOCO+'s 141,564 and RefCOCOg's 95,010 (UMD, Google). PhraseCut: its README.
 PUBLISHED = {
     "ris_refcoco_unc_train": Counts(16994, 42404, 120624),
     "ris_refcoco_unc_val": Counts(1500, 3811, 10834),

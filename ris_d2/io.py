@@ -16,7 +16,7 @@ __all__ = ["atomic_write", "dataset_root", "load_json", "load_pickle"]
 
 
 def dataset_root() -> str:
-    """Return $DETECTRON2_DATASETS, or "datasets" where it is unset; read at each call, ~ expanded."""
+    """Return $DETECTRON2_DATASETS, or "datasets" where unset; read at each call, ~ expanded."""
     return os.path.expanduser(os.environ.get("DETECTRON2_DATASETS") or "datasets")
 
 
@@ -34,10 +34,13 @@ def load_json(path: str | os.PathLike) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}: not valid JSON at line {error.lineno}, column {error.colno} "
-            f"({error.msg}; {len(data)} bytes in all); the file is truncated or damaged, get it again"
+            f"({error.msg}; {len(data)} bytes in all); the file is truncated or damaged, "
+            "get it again"
         ) from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text at byte {error.start}; not a JSON file") from error
+        raise ValueError(
+            f"{path}: not UTF-8 text at byte {error.start}; not a JSON file"
+        ) from error
 
 
 def load_pickle(path: str | os.PathLike) -> Any:
@@ -123,8 +126,8 @@ def _numpy_globals() -> dict[tuple[str, str], Any]:
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
     }
-    # What numpy itself names when it pickles: the callables are found by pickling, because the modules
-    # moved from numpy.core to numpy._core between numpy 1 and 2.
+    # What numpy itself names when it pickles: the callables are found by pickling, because the
+    # modules moved from numpy.core to numpy._core between numpy 1 and 2.
     makers = {
         ("multiarray", "scalar"): np.float64(0).__reduce__()[0],
         ("multiarray", "_reconstruct"): np.zeros(1).__reduce__()[0],

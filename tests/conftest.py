@@ -30,9 +30,9 @@ class Python2Pickler(pickle._Pickler):
 class DatasetFiles:
     """A dataset root under construction: change the content, then write it.
 
-    ``instances`` has images 1 to 4 with two annotations each (10 and 11, 20 and 21, ...), the second
-    of image 4 a crowd; ``refs`` has one ref of two sentences per image and split: 1, 2 train, 3 val,
-    4 testA. ``grefs`` has a single, a multi and a no-target ref.
+    ``instances`` has images 1 to 4 with two annotations each (10 and 11, 20 and 21, ...), the
+    second of image 4 a crowd; ``refs`` has one ref of two sentences per image: 1, 2 train, 3 val,
+    4 testA. ``grefs`` has single, multi and no-target refs.
     """
 
     def __init__(self, root):
@@ -98,7 +98,11 @@ class DatasetFiles:
             "images": [{"id": 1, "file_name": "a.jpg", **SIZE}],
             "annotations": [
                 {"id": 10, "image_id": 1, "segmentation": copy.deepcopy(SQUARE)},
-                {"id": 11, "image_id": 1, "segmentation": {"size": [40, 60], "counts": [0, 5, 2395]}},
+                {
+                    "id": 11,
+                    "image_id": 1,
+                    "segmentation": {"size": [40, 60], "counts": [0, 5, 2395]},
+                },
             ],
             "expressions": [
                 {"id": 100, "image_id": 1, "text": "the left cup", "annotation_ids": [10]},
@@ -131,7 +135,7 @@ class DatasetFiles:
         }
 
     def refclef(self):
-        """Turn instances and refs into RefCLEF's: string annotation ids, lists of RLE, no iscrowd."""
+        """Make instances and refs RefCLEF's: string annotation ids, lists of RLE, no iscrowd."""
         for image in self.instances["images"]:
             image["file_name"] = f"{image['id'] + 1200}.jpg"
         for annotation in self.instances["annotations"]:

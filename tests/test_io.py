@@ -16,7 +16,12 @@ PLAIN = {
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_plain_data_and_numpy_survive_every_protocol(tmp_path, protocol):
-    arrays = [np.float32(2.5), np.int64(3), np.arange(6.0).reshape(2, 3), np.ones((2, 3), order="F").T]
+    arrays = [
+        np.float32(2.5),
+        np.int64(3),
+        np.arange(6.0).reshape(2, 3),
+        np.ones((2, 3), order="F").T,
+    ]
     path = tmp_path / "a.p"
     path.write_bytes(pickle.dumps([PLAIN, arrays], protocol=protocol))
     plain, read = load_pickle(path)

@@ -1,4 +1,4 @@
-"""Dataset names and where their files lie: detectron2's catalogs, mixtures without leaked images."""
+"""Dataset names and files in detectron2's catalogs; mixtures without leaked images."""
 
 import logging
 import os
@@ -46,8 +46,8 @@ class Dataset:
         missing = [path for path in paths if not os.path.exists(path)]
         if missing:
             raise FileNotFoundError(
-                f"{self.name}_{split}: no such file: {', '.join(map(os.path.abspath, missing))}. The "
-                f"root is $DETECTRON2_DATASETS, now {root!r}; datasets/README.md says where to get "
+                f"{self.name}_{split}: no such file: {', '.join(map(os.path.abspath, missing))}. "
+                f"The root is $DETECTRON2_DATASETS, now {root!r}; datasets/README.md says where to get "
                 "the files, datasets/prepare.py what is there"
             )
         if self.reader is load_phrasecut:  # one file per split
@@ -176,7 +176,11 @@ def _set_metadata(name: str, root: str) -> None:
 
 
 def register_ris_json(
-    name: str, json_file: str | os.PathLike, image_root: str | os.PathLike, *, source: str = "custom"
+    name: str,
+    json_file: str | os.PathLike,
+    image_root: str | os.PathLike,
+    *,
+    source: str = "custom",
 ) -> None:
     """Register a dataset in the custom format (datasets/README.md) under ``name``.
 
@@ -210,8 +214,8 @@ def load_records(names: Sequence[str], *, drop_eval_images: bool) -> list[dict]:
 
     Args:
         names: registered names; a mixture stands for its members.
-        drop_eval_images: where the names belong to more than one dataset, leave out every image
-            that an evaluation split (all but train) of any of them uses (DATASETS.DROP_EVAL_IMAGES).
+        drop_eval_images: DATASETS.DROP_EVAL_IMAGES; where the names belong to more than one
+            dataset, leave out every image that an evaluation split (all but train) of any uses.
 
     Returns:
         The records of one name after the other. An image that several datasets use has a record
@@ -248,8 +252,8 @@ def _eval_images(dataset: Dataset) -> set[str]:
             records = dataset.load(root, split)
         except (FileNotFoundError, MissingSplitError) as error:
             raise type(error)(
-                f"{error}. {dataset.name}_{split} is needed because a mixed training set leaves out "
-                "the images of its members' evaluation splits; DATASETS.DROP_EVAL_IMAGES False "
+                f"{error}. {dataset.name}_{split} is needed because a mixed training set leaves "
+                "out the images of its members' evaluation splits; DATASETS.DROP_EVAL_IMAGES False "
                 "trains without leaving out any"
             ) from error
         images.update(_image_key(record) for record in records)

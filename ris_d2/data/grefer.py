@@ -1,4 +1,4 @@
-"""gRefCOCO: ``grefs(<splitby>).json`` and ``instances.json`` -> records; single, multi, no target."""
+"""gRefCOCO (single, multi, no target): ``grefs(<splitby>).json``, ``instances.json`` -> records."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What the readers share: typed fields with clear errors, the table of instances, records per image."""
+"""What the readers share: typed fields with clear errors, the instances, records per image."""
 
 import functools
 import os
@@ -12,7 +12,13 @@ from pycocotools import mask as coco_mask
 from .. import masks
 from ..io import load_json
 
-_KIND_NAMES = {int: "an integer", float: "a number", str: "a string", list: "a list", dict: "an object"}
+_KIND_NAMES = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def field(obj: Any, key: str, kind: type, where: str) -> Any:
@@ -138,7 +144,9 @@ class InstanceTable:
             return 0
         category_id = field(item, "category_id", int, where)
         if category_id not in self._category_index:
-            raise ValueError(f"{where}: category_id {category_id} is not among the file's categories")
+            raise ValueError(
+                f"{where}: category_id {category_id} is not among the file's categories"
+            )
         return self._category_index[category_id]
 
 
@@ -255,7 +263,9 @@ class RecordBuilder:
             ValueError: the expression's id has been added before.
         """
         if expression_id in self._expression_ids:
-            raise ValueError(f"{where}: the expression id {expression_id} occurs twice in this split")
+            raise ValueError(
+                f"{where}: the expression id {expression_id} occurs twice in this split"
+            )
         self._expression_ids.add(expression_id)
         image_id = image["image_id"]
         if image_id not in self._records:

@@ -1,10 +1,11 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: REFER's ``refs(<splitby>).p`` and ``instances.json`` -> records."""
+"""RefCOCO, RefCOCO+, RefCOCOg: REFER's ``refs(<splitby>).p``, ``instances.json`` -> records."""
 
 import os
 from collections.abc import Callable
 
 from ..io import load_pickle
-from .records import RecordBuilder, field, load_instances, text_field as read_text
+from .records import RecordBuilder, field, load_instances
+from .records import text_field as read_text
 
 
 class MissingSplitError(ValueError):

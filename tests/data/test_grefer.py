@@ -47,7 +47,10 @@ def test_pickled_grefs_and_repeated_ids(dataset_files):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"ann_id": [10], "no_target": True}, r"\(ref_id 1\): field 'ann_id' is \[10\] and 'no_target'"),
+        (
+            {"ann_id": [10], "no_target": True},
+            r"\(ref_id 1\): field 'ann_id' is \[10\] and 'no_target'",
+        ),
         ({"ann_id": [10, -1]}, r"'ann_id' is \[10, -1\]"),
         ({"ann_id": []}, r"'ann_id' is \[\]"),
         ({"ann_id": ["10"]}, r"field 'ann_id' must be an integer, not '10'"),

@@ -63,5 +63,7 @@ def test_ids_occur_once(dataset_files):
     with pytest.raises(ValueError, match="must hold a list of tasks"):
         load(dataset_files)
     dataset_files.phrasecut_images *= 2
-    with pytest.raises(ValueError, match=r"image_data_split\.json: image 2: image_id 1 occurs twice"):
+    with pytest.raises(
+        ValueError, match=r"image_data_split\.json: image 2: image_id 1 occurs twice"
+    ):
         load(dataset_files)

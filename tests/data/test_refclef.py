@@ -28,7 +28,9 @@ def test_string_ids_become_positions(files):
 def test_lists_of_rle_are_united(files):
     (annotation,) = load(files)[0]["annotations"]
     assert annotation["segmentation"] == {"size": [40, 60], "counts": [0, 5, 2395]}
-    files.instances["annotations"][0]["segmentation"].append({"size": [40, 60], "counts": [3, 7, 2390]})
+    files.instances["annotations"][0]["segmentation"].append(
+        {"size": [40, 60], "counts": [3, 7, 2390]}
+    )
     (annotation,) = load(files)[0]["annotations"]
     expected = np.zeros(2400, bool)
     expected[:10] = True  # runs go down the columns

@@ -41,10 +41,30 @@ def test_one_record_per_image(dataset_files):
             },
         ],
         "expressions": [
-            {"expression_id": 100, "ref_id": 1, "text": "The LEFT man, 1.0", "annotation_ids": [10]},
-            {"expression_id": 101, "ref_id": 1, "text": "The LEFT man, 1.1", "annotation_ids": [10]},
-            {"expression_id": 900, "ref_id": 9, "text": "The LEFT man, 9.0", "annotation_ids": [11]},
-            {"expression_id": 901, "ref_id": 9, "text": "The LEFT man, 9.1", "annotation_ids": [11]},
+            {
+                "expression_id": 100,
+                "ref_id": 1,
+                "text": "The LEFT man, 1.0",
+                "annotation_ids": [10],
+            },
+            {
+                "expression_id": 101,
+                "ref_id": 1,
+                "text": "The LEFT man, 1.1",
+                "annotation_ids": [10],
+            },
+            {
+                "expression_id": 900,
+                "ref_id": 9,
+                "text": "The LEFT man, 9.0",
+                "annotation_ids": [11],
+            },
+            {
+                "expression_id": 901,
+                "ref_id": 9,
+                "text": "The LEFT man, 9.1",
+                "annotation_ids": [11],
+            },
         ],
     }
 
@@ -116,12 +136,21 @@ ANNOTATION = r"instances\.json: annotation 10"
         (put("refs", 0, "ref_id", 2), r"ref 1: ref_id 2 occurs twice"),
         (put("refs", 0, "no refs at all"), r"refs\(unc\)\.p: ref 0: must be an object"),
         (put("refs", {}), r"refs\(unc\)\.p: must hold a list of refs, not dict"),
-        (put("refs", 0, "image_id", 77), REF + r": image_id 77 is not among the images of .*instances"),
-        (put("refs", 0, "ann_id", 77), REF + r": annotation 77 is not among the annotations of .*inst"),
+        (
+            put("refs", 0, "image_id", 77),
+            REF + r": image_id 77 is not among the images of .*instances",
+        ),
+        (
+            put("refs", 0, "ann_id", 77),
+            REF + r": annotation 77 is not among the annotations of .*inst",
+        ),
         (put("refs", 0, "ann_id", [10]), REF + r": field 'ann_id' must be an integer, not \[10\]"),
         (put("refs", 0, "ann_id", 20), REF + r": annotation 20 is on image 2, .* on image 1"),
         (put("refs", 0, "sentences", []), REF + r": field 'sentences' is empty"),
-        (put("refs", 0, "sentences", 1, "raw", " "), SENTENCE + ": field 'raw' is an empty expression"),
+        (
+            put("refs", 0, "sentences", 1, "raw", " "),
+            SENTENCE + ": field 'raw' is an empty expression",
+        ),
         (put("refs", 0, "sentences", 1, "raw", None), SENTENCE + ": field 'raw' must be a string"),
         (remove("refs", 0, "sentences", 1, "sent_id"), SENTENCE + ": field 'sent_id' is missing"),
         (put("refs", 0, "sentences", 1, "sent_id", 100), SENTENCE + ".* id 100 occurs twice"),
@@ -131,19 +160,38 @@ ANNOTATION = r"instances\.json: annotation 10"
         (remove("instances", "annotations", 2, "id"), r"annotations\[2\]: no usable field 'id'"),
         (remove("instances", "images", 0, "height"), r"instances\.json: image 1: field 'height'"),
         (put("instances", "images", 0, "width", 0), r"image 1: field 'width' must be positive"),
-        (put("instances", "images", 0, "file_name", 7), r"image 1: field 'file_name' must be a string"),
-        (put("instances", "annotations", 0, "bbox", [1, 2, 3]), ANNOTATION + ": field 'bbox': must be four"),
-        (put("instances", "annotations", 0, "category_id", 5), ANNOTATION + ": category_id 5 is not"),
-        (put("instances", "annotations", 0, "iscrowd", "no"), ANNOTATION + ": field 'iscrowd' must be"),
-        (remove("instances", "annotations", 0, "segmentation"), ANNOTATION + ": field 'segmentation': must"),
-        (put("instances", "annotations", 0, "segmentation", []), ANNOTATION + ": field 'segmentation': must"),
+        (
+            put("instances", "images", 0, "file_name", 7),
+            r"image 1: field 'file_name' must be a string",
+        ),
+        (
+            put("instances", "annotations", 0, "bbox", [1, 2, 3]),
+            ANNOTATION + ": field 'bbox': must be four",
+        ),
+        (
+            put("instances", "annotations", 0, "category_id", 5),
+            ANNOTATION + ": category_id 5 is not",
+        ),
+        (
+            put("instances", "annotations", 0, "iscrowd", "no"),
+            ANNOTATION + ": field 'iscrowd' must be",
+        ),
+        (
+            remove("instances", "annotations", 0, "segmentation"),
+            ANNOTATION + ": field 'segmentation': must",
+        ),
+        (
+            put("instances", "annotations", 0, "segmentation", []),
+            ANNOTATION + ": field 'segmentation': must",
+        ),
         (
             put("instances", "annotations", 0, "segmentation", [[1, 2, 3, 4, 5, 6, 7]]),
             ANNOTATION + ": field 'segmentation': a polygon is a list of 6 or more .* even number",
         ),
         (
             put("instances", "annotations", 0, "segmentation", {"size": [60, 40], "counts": "x"}),
-            ANNOTATION + r": field 'segmentation': the RLE's size is \[60, 40\], the image's \[40, 60\]",
+            ANNOTATION
+            + r": field 'segmentation': the RLE's size is \[60, 40\], the image's \[40, 60\]",
         ),
         (
             put("instances", "annotations", 0, "segmentation", {"size": [40, 60]}),

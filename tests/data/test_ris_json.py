@@ -26,14 +26,34 @@ def test_defaults(dataset_files):
 @pytest.mark.parametrize(
     "key, index, changes, message",
     [
-        ("expressions", 1, {"annotation_ids": [10, 12]}, r"expression 1: annotation 12 is not among"),
-        ("expressions", 1, {"annotation_ids": 10}, r"expression 1: field 'annotation_ids' must be a list"),
-        ("expressions", 1, {"annotation_ids": [[10]]}, r"expression 1: field 'annotation_ids' must be"),
+        (
+            "expressions",
+            1,
+            {"annotation_ids": [10, 12]},
+            r"expression 1: annotation 12 is not among",
+        ),
+        (
+            "expressions",
+            1,
+            {"annotation_ids": 10},
+            r"expression 1: field 'annotation_ids' must be a list",
+        ),
+        (
+            "expressions",
+            1,
+            {"annotation_ids": [[10]]},
+            r"expression 1: field 'annotation_ids' must be",
+        ),
         ("expressions", 0, {"text": ""}, r"expression 0: field 'text' is an empty expression"),
         ("expressions", 2, {"id": 100}, r"expression 2: the expression id 100 occurs twice"),
         ("expressions", 0, {"image_id": 3}, r"expression 0: image_id 3 is not among the images"),
         ("expressions", 0, {"ref_id": "7"}, r"expression 0: field 'ref_id' must be an integer"),
-        ("annotations", 0, {"segmentation": [[1, 2, 3, 4]]}, r"annotation 10: field 'segmentation'"),
+        (
+            "annotations",
+            0,
+            {"segmentation": [[1, 2, 3, 4]]},
+            r"annotation 10: field 'segmentation'",
+        ),
     ],
 )
 def test_malformed_fields_are_named(dataset_files, key, index, changes, message):
