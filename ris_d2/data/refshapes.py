@@ -86,13 +86,20 @@ def _outline(kind: str) -> tuple[tuple[int, int], ...]:
 _OUTLINES = {kind: _outline(kind) for kind in KINDS}
 
 
+def _corners(shape: Shape) -> list[tuple[int, int]]:
+    """Corners in hundredths of a pixel."""
+    # Upright edges lie between pixels, or the mask would be up to half a pixel off all along them.
+    step = 100 if shape.kind in ("square", "cross") else 1
+
+    def at(centre: int, offset: int) -> int:
+        return 100 * centre + (offset * shape.radius + 5 * step) // (10 * step) * step
+
+    return [(at(shape.x, x), at(shape.y, y)) for x, y in _OUTLINES[shape.kind]]
+
+
 def polygon(shape: Shape) -> list[float]:
-    """COCO polygon [x0, y0, x1, y1, ...] in pixels, rounded to 0.01."""
-    return [
-        (100 * centre + (offset * shape.radius + 5) // 10) / 100
-        for corner in _OUTLINES[shape.kind]
-        for centre, offset in zip((shape.x, shape.y), corner)
-    ]
+    """COCO polygon [x0, y0, x1, y1, ...] in pixels, multiples of 0.01."""
+    return [value / 100 for corner in _corners(shape) for value in corner]
 
 
 def _option(default: float, help_text: str) -> Any:
@@ -171,7 +178,7 @@ def _place(split: str, number: int, options: Options, rng: Rng) -> tuple[Shape, 
 _FORMS = {
     "single": {Find: 4, Nth: 3, Side: 2, Relation: 4},
     "multi": {Find: 3, Count: 3, Pair: 3, Except: 3, Side: 2, Relation: 2},
-    "none": {Find: 5, Relation: 4, Nth: 2, Count: 1, Side: 1},
+    "none": {Find: 5, Relation: 4, Nth: 2, Side: 2, Count: 1, Pair: 1},
 }
 
 
@@ -180,7 +187,7 @@ def _describe(scene: Scene, options: Options, rng: Rng, *, mixed: bool = False) 
     base = rng.pick(scene.shapes)
     other = rng.pick(scene.shapes) if mixed else base
     color, kind, size = other.color, base.kind, other.size
-    if mixed and rng.chance(0.25):
+    if mixed and rng.chance(0.1):
         color = rng.pick(list(COLORS)[: options.colors])
     if rng.chance(0.12):
         return Find(None, color, size if rng.chance(0.4) else None)
@@ -189,34 +196,33 @@ def _describe(scene: Scene, options: Options, rng: Rng, *, mixed: bool = False) 
 
 def _propose(form: type, wanted: str, scene: Scene, options: Options, rng: Rng) -> Meaning:
     """Draw a meaning of the given form; whether it holds, ``evaluate`` has to say."""
-    of = _describe(
-        scene, options, rng, mixed=wanted == "none" and (form is Find or rng.chance(0.3))
-    )
+    none = wanted == "none"
+    of = _describe(scene, options, rng, mixed=none and (form in (Find, Pair) or rng.chance(0.3)))
     direction = rng.pick(DIRECTIONS)
     if form is Find:
         return of
     if form is Nth:
-        return Nth(of, 1 if rng.chance(0.5) else 2 + rng.below(2), direction)
+        rank = 1 if rng.chance(0.5) else 2 + rng.below(2)
+        return Nth(of, len(evaluate(of, scene)) + 1 if none else rank, direction)
     if form is Side:
         return Side(of, direction)
     if form is Relation:
-        anchor = _describe(scene, options, rng, mixed=wanted == "none" and rng.chance(0.2))
+        anchor = _describe(scene, options, rng, mixed=none and rng.chance(0.2))
         return Relation(of, direction, anchor)
     if form is Pair:
-        return Pair(of, _describe(scene, options, rng))
+        return Pair(of, _describe(scene, options, rng, mixed=none))
     if form is Except:
         if rng.chance(0.6):
             return Except(Find(), of)
         return Except(Find(of.kind), Find(of.kind, rng.pick(scene.shapes).color))
-    return Count(of, len(evaluate(of, scene)) + (wanted == "none"))
+    return Count(of, len(evaluate(of, scene)) + none)
 
 
 def _plausible(meaning: Meaning, wanted: str, scene: Scene) -> bool:
     """Whether a person might say it: an order needs two to compare, a count a number above one."""
     match meaning:
         case Nth(of, rank, _):
-            found = len(evaluate(of, scene))
-            return found >= 2 if wanted == "single" else found > 0 or rank == 1
+            return rank <= 3 if wanted == "none" else len(evaluate(of, scene)) >= 2
         case Count(of, number):
             return 2 <= number <= 4 and len(evaluate(of, scene)) > 0
         case Relation(of, _, anchor):
@@ -224,6 +230,8 @@ def _plausible(meaning: Meaning, wanted: str, scene: Scene) -> bool:
             return not found or not found <= evaluate(anchor, scene)
         case Except(of, but):
             return of.kind == but.kind or of == Find()
+        case Pair(first, second):
+            return first != second
     return True
 
 
@@ -280,8 +288,7 @@ def generate(split: str, number: int, options: Options = Options()) -> list[Scen
 
     Raises ``ValueError`` for an unknown split, or where the shapes asked for do not fit.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown RefShapes split {split!r}; there are {', '.join(SPLITS)}")
+    _check_split(split)
     scenes = []
     for index in range(number):
         rng = Rng("refshapes", options.seed, split, index)
@@ -300,13 +307,18 @@ def generate(split: str, number: int, options: Options = Options()) -> list[Scen
     return scenes
 
 
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"unknown RefShapes split {split!r}; there are {', '.join(SPLITS)}")
+
+
 def render(scene: Scene, options: Options = Options()) -> np.ndarray:
     """Draw a scene: uint8 (side, side, 3) RGB, anti-aliased, clouds behind and noise over all."""
     import cv2
 
     seed = hashlib.sha256(f"{options.seed}/{scene.split}/{scene.index}".encode()).digest()
     rng = np.random.Generator(np.random.PCG64(int.from_bytes(seed[:8], "big")))
-    side, scale = scene.side, 4
+    side, scale = scene.side, 8
     clouds = (
         rng.uniform(-1, 1, (6, 6, 1)) * options.texture
         + rng.uniform(-1, 1, (6, 6, 3)) * options.texture / 3
@@ -339,19 +351,20 @@ def instances(scenes: list[Scene]) -> dict:
             {"id": image_id, "file_name": name, "height": scene.side, "width": scene.side}
         )
         for number, shape in enumerate(scene.shapes):
-            outline = polygon(shape)
-            x, y = outline[::2], outline[1::2]
-            shoelace = sum(x[i - 1] * y[i] - x[i] * y[i - 1] for i in range(len(x)))
+            corners = _corners(shape)
+            # In integers: float sums are not the same in every Python.
+            shoelace = sum(
+                a[0] * b[1] - b[0] * a[1] for a, b in zip(corners, corners[1:] + corners)
+            )
+            (left, right), (top, bottom) = ((min(v), max(v)) for v in zip(*corners))
             annotations.append(
                 {
                     "id": image_id * 10 + number,
                     "image_id": image_id,
                     "category_id": KINDS.index(shape.kind) + 1,
-                    "segmentation": [outline],
-                    "area": round(abs(shoelace) / 2, 2),
-                    "bbox": [
-                        round(v, 2) for v in (min(x), min(y), max(x) - min(x), max(y) - min(y))
-                    ],
+                    "segmentation": [polygon(shape)],
+                    "area": abs(shoelace) / 20_000,
+                    "bbox": [v / 100 for v in (left, top, right - left, bottom - top)],
                     "iscrowd": 0,
                 }
             )
@@ -448,6 +461,8 @@ def write(
     """
     import cv2
 
+    for split in numbers:
+        _check_split(split)
     root = os.path.abspath(root)
     made = {
         "version": 1,
