@@ -28,7 +28,7 @@ setup(
     ],
     extras_require={
         "opencv": ["opencv-python-headless"],
-        "beit3": ["sentencepiece", "protobuf"],  # reads beit3.spm
+        "beit3": ["sentencepiece"],  # reads beit3.spm; a tokenizer.json does without
         "dev": ["pytest"],
     },
 )
