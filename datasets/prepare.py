@@ -22,8 +22,8 @@ class Counts(NamedTuple):
     expressions: int | None = None
 
 
-# Images and refs as tabulated by TensorFlow Datasets (ref_coco); the expressions add up to RefCOCO's
-# 142,210, RefCOCO+'s 141,564 and RefCOCOg's 95,010 (UMD, Google). PhraseCut: its README.
+# Images and refs as tabulated by TensorFlow Datasets (ref_coco); the expressions add up to 142,210
+# (RefCOCO), 141,564 (RefCOCO+) and 95,010 (RefCOCOg, UMD and Google). PhraseCut: its README.
 PUBLISHED = {
     "ris_refcoco_unc_train": Counts(16994, 42404, 120624),
     "ris_refcoco_unc_val": Counts(1500, 3811, 10834),

@@ -43,10 +43,10 @@ class Dataset:
     def load(self, root: str, split: str) -> list[dict]:
         """Read the records of ``split`` from the files under ``root``."""
         paths, image_root = self.paths(root, split), os.path.join(root, self.image_root)
-        missing = [path for path in paths if not os.path.exists(path)]
+        missing = [os.path.abspath(path) for path in paths if not os.path.exists(path)]
         if missing:
             raise FileNotFoundError(
-                f"{self.name}_{split}: no such file: {', '.join(map(os.path.abspath, missing))}. "
+                f"{self.name}_{split}: no such file: {', '.join(missing)}. "
                 f"The root is $DETECTRON2_DATASETS, now {root!r}; datasets/README.md says where to get "
                 "the files, datasets/prepare.py what is there"
             )

@@ -34,6 +34,8 @@ def field(obj: Any, key: str, kind: type, where: str) -> Any:
     if key not in obj:
         raise ValueError(f"{where}: field {key!r} is missing; there are {sorted(map(str, obj))}")
     value = obj[key]
+    if type(value) is kind:
+        return value  # asking the abstract classes below is slow
     if kind in (int, float):
         if isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool):
             return kind(value)
