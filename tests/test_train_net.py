@@ -1,3 +1,4 @@
+import json
 import logging
 import runpy
 import sys
@@ -5,6 +6,9 @@ from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog
+from detectron2.engine import default_argument_parser
+
+from ris_d2.data import refshapes
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,6 +20,17 @@ def train_net():
 
     yield train_net
     sys.path.remove(str(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def restore_loggers():
+    """detectron2's setup_logger cuts loggers off from the root, and with it from pytest's caplog."""
+    loggers = [logging.getLogger(name) for name in ("ris_d2", "detectron2", "fvcore")]
+    before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 def write(path, text):
@@ -81,6 +96,67 @@ def test_smaller_batch_at_the_same_rate_warns(train_net, caplog, options, warned
         train_net.warn_of_smaller_batch(recipe, train_net.load_config("", options))
     assert ("SOLVER.IMS_PER_BATCH is 4, the recipe's is 16" in caplog.text) == warned
     assert ("0.00025 if linear) and MAX_ITER (160000" in caplog.text) == warned
+
+
+TINY = """
+MODEL:
+  META_ARCHITECTURE: SharedRIS
+  WEIGHTS: ""
+  RIS:
+    NO_TARGET: head
+    BEIT3: {EMBED_DIM: 16, DEPTH: 2, NUM_HEADS: 2, MLP_RATIO: 2, VOCAB_SIZE: 200}
+  SHARED_RIS: {DIM: 16, NUM_HEADS: 2, STAGES: [1, 2]}
+INPUT:
+  RIS:
+    UNIT: image
+    SIZE: [64, 64]
+    TOKENIZER: {KIND: hf, PATH: refshapes/tokenizer}
+DATASETS: {TRAIN: [ris_grefshapes_train], TEST: [ris_grefshapes_val, ris_refshapes_val]}
+DATALOADER: {NUM_WORKERS: 0}
+SOLVER: {IMS_PER_BATCH: 4, MAX_ITER: 3, WARMUP_ITERS: 0, RIS: {ACCUMULATION: 2, SCHEDULE: cosine}}
+TEST: {EVAL_PERIOD: 2}
+SEED: 1
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A config file of a tiny Shared-RIS on a few RefShapes scenes."""
+    options = refshapes.Options(size=64, max_shapes=4)
+    refshapes.write(str(tmp_path / "data/refshapes"), {"train": 6, "val": 3, "testA": 1}, options)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    return write(tmp_path / "tiny.yaml", TINY)
+
+
+def test_trains_resumes_and_evaluates_with_the_same_numbers(train_net, tiny, tmp_path):
+    def run(*arguments):
+        arguments = ["--config-file", tiny, *arguments, "OUTPUT_DIR", str(tmp_path / "out")]
+        return train_net.main(default_argument_parser().parse_args(arguments))
+
+    results = tmp_path / "out/inference/ris_grefshapes_val/results.json"
+    run()
+    run("--resume", "SOLVER.MAX_ITER", "5")
+    trained = results.read_text()
+    results.unlink()
+    resumed = run("--eval-only", "--resume")
+    assert results.read_text() == trained
+    results.unlink()
+    given = run("--eval-only", "MODEL.WEIGHTS", str(tmp_path / "out/model_final.pth"))
+    assert results.read_text() == trained
+    assert list(resumed) == ["ris_grefshapes_val/referring", "ris_refshapes_val/referring"]
+    for name, metrics in given.items():
+        assert metrics == pytest.approx(resumed[name], nan_ok=True, abs=0)
+    lines = (tmp_path / "out/metrics.json").read_text().splitlines()
+    assert json.loads(lines[-1])["iteration"] == 5
+    assert (tmp_path / "out/model_best.json").is_file()
+
+
+def test_wrong_expected_results_fail_an_evaluation(train_net, tiny, tmp_path):
+    wrong = "[['ris_refshapes_val/referring', 'gIoU', 101.0, 0.1]]"
+    arguments = ["--config-file", tiny, "--eval-only", "OUTPUT_DIR", str(tmp_path / "out")]
+    arguments += ["TEST.EXPECTED_RESULTS", wrong]
+    with pytest.raises(SystemExit):
+        train_net.main(default_argument_parser().parse_args(arguments))
 
 
 def test_help(monkeypatch, capsys):
