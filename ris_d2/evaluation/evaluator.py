@@ -32,12 +32,12 @@ class ReferringEvaluator(DatasetEvaluator):
     """Metrics of ``ris_d2.evaluation.metrics`` over the expressions of one dataset.
 
     Works with any model whose inputs and results have the form of ris_d2, under detectron2's
-    ``inference_on_dataset``. Ground truth comes from the inputs: each annotation is decoded once per
-    image at the image's own size and nearest-resized if the masks are asked for at another one; an
-    expression's ground truth is the union of its annotations, and it has no target if it names none.
-    Pixels are counted on the masks' device, and only the counts are kept (90 bytes per expression),
-    so memory does not depend on image size. All sums are of integers or exactly rounded: one process
-    and several give the same numbers to the last digit.
+    ``inference_on_dataset``. Ground truth comes from the inputs: each annotation is decoded once
+    per image at the image's own size and nearest-resized if the masks are asked for at another one;
+    an expression's ground truth is the union of its annotations; it has no target if it names none.
+    Pixels are counted on the masks' device, and only the counts are kept (70 bytes per expression),
+    so memory does not depend on image size. All sums are of integers or exactly rounded: one
+    process and several give the same numbers to the last digit.
 
     Args:
         dataset_name: named in the logs and in results.json; need not be registered.
@@ -70,7 +70,7 @@ class ReferringEvaluator(DatasetEvaluator):
     def reset(self) -> None:
         self._images: list[tuple[str, str, int]] = []  # source, file name, image id
         self._rows = bytearray()  # of ROW: no Python object per expression
-        self._rles: list[str] = []  # JSON, one per row if predictions are saved, else none
+        self._run_lengths: list[str] = []  # RLE counts, one per row; none unless they are saved
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
         """Count one batch.
@@ -78,10 +78,11 @@ class ReferringEvaluator(DatasetEvaluator):
         Args:
             inputs: per unit "height", "width" (of the masks), "image_id", "annotations" (id,
                 segmentation), "expressions" (expression_id, ref_id, text, annotation_ids); where
-                there, "file_name", "source", and "original_size" (height, width of the image; absent:
-                the size of its first RLE, else that of the masks).
+                there, "file_name", "source", and "original_size" (height, width of the image;
+                absent: the size of its first RLE, else that of the masks).
             outputs: per unit {"referring": [{"expression_id", "mask": bool (height,width), "score",
-                "no_target", "instances": None or Instances with bool pred_masks (M,height,width)}]}.
+                "no_target", "instances": None or Instances with bool pred_masks (M, height,
+                width)}]}.
 
         Raises:
             ValueError: the results are not exactly one per expression of the unit, a mask has the
@@ -92,7 +93,7 @@ class ReferringEvaluator(DatasetEvaluator):
             raise ValueError(f"{len(inputs)} inputs, but {len(outputs)} outputs")
         for unit, output in zip(inputs, outputs):
             if "referring" not in output:
-                raise ValueError(f"{_name(unit)}: the output has no 'referring', but {list(output)}")
+                raise ValueError(f"{_name(unit)}: no 'referring' in the output {list(output)}")
             self._process_unit(unit, output["referring"])
 
     def _process_unit(self, unit: dict, results: Sequence[dict]) -> None:
@@ -102,7 +103,7 @@ class ReferringEvaluator(DatasetEvaluator):
             return
         size = (unit["height"], unit["width"])
         for result in results:
-            _check_masks(unit, result, result["mask"], size)
+            _check_shape(unit, result, result["mask"], size)
         truths, which = _ground_truth(unit)
         masks = [result["mask"] for result in results]
         predicted_area, intersection = _count(masks, truths, which)
@@ -131,7 +132,7 @@ class ReferringEvaluator(DatasetEvaluator):
         source = sys.intern(unit.get("source", ""))
         self._images.append((source, unit.get("file_name", ""), unit["image_id"]))
         if self.save_predictions:
-            self._rles += [json.dumps(encode(mask.cpu().numpy())) for mask in masks]
+            self._run_lengths += [encode(mask.cpu().numpy())["counts"] for mask in masks]
 
     def evaluate(self) -> "OrderedDict[str, dict[str, float]]":
         """Log the tables, write the files and return the metrics.
@@ -143,7 +144,7 @@ class ReferringEvaluator(DatasetEvaluator):
         Raises:
             ValueError: an expression was scored twice, by one process or by two.
         """
-        images, rows, rles = self._gather()
+        images, rows, run_lengths = self._gather()
         if images is None:
             return OrderedDict()
         _check_unique(images, rows)
@@ -165,12 +166,12 @@ class ReferringEvaluator(DatasetEvaluator):
                 "referring": metrics,
                 "breakdowns": groups,
             }
-            self._write(record, images, rows, rles)
+            self._write(record, images, rows, run_lengths)
         return OrderedDict(referring=metrics)
 
     def _gather(self) -> tuple[list[tuple[str, str, int]] | None, np.ndarray, list[str]]:
-        """Images, rows and RLEs of all processes, ordered by source, file name and expression id."""
-        mine = (self._images, np.frombuffer(bytes(self._rows), ROW), self._rles)
+        """Everything that all processes keep, by source, file name and expression id."""
+        mine = (self._images, np.frombuffer(self._rows, ROW), self._run_lengths)
         if self.distributed:
             comm.synchronize()
             parts = comm.gather(mine)
@@ -180,23 +181,23 @@ class ReferringEvaluator(DatasetEvaluator):
             parts = [mine]
         images = sorted({image for part_images, _, _ in parts for image in part_images})
         position = {image: index for index, image in enumerate(images)}
-        ordered = []
-        for part_images, part_rows, _ in parts:
-            part_rows = part_rows.copy()
-            places = np.array([position[image] for image in part_images], np.int32)
-            part_rows["image"] = places[part_rows["image"]]
-            ordered.append(part_rows)
-        rows = np.concatenate(ordered)
+        rows = np.concatenate([part_rows for _, part_rows, _ in parts])
+        rows["image"] = np.concatenate(
+            [
+                np.array([position[image] for image in part_images], np.int32)[part_rows["image"]]
+                for part_images, part_rows, _ in parts
+            ]
+        )
         order = np.lexsort((rows["expression_id"], rows["image"]))
-        rles = [rle for _, _, part_rles in parts for rle in part_rles]
-        return images, rows[order], [rles[index] for index in order] if rles else []
+        saved = [counts for _, _, part_saved in parts for counts in part_saved]
+        return images, rows[order], [saved[index] for index in order] if saved else []
 
     def _write(
         self,
         record: dict,
         images: list[tuple[str, str, int]],
         rows: np.ndarray,
-        rles: list[str],
+        run_lengths: list[str],
     ) -> None:
         with atomic_write(os.path.join(self.output_dir, "results.json")) as file:
             json.dump(finite_or_null(record), file, indent=2)
@@ -206,7 +207,7 @@ class ReferringEvaluator(DatasetEvaluator):
         if not self.save_predictions:
             return
         with atomic_write(os.path.join(self.output_dir, "predictions.jsonl")) as file:
-            for row, rle in zip(rows, rles):
+            for row, counts in zip(rows, run_lengths):
                 source, file_name, image_id = images[row["image"]]
                 line = {
                     "source": source,
@@ -215,7 +216,10 @@ class ReferringEvaluator(DatasetEvaluator):
                     "expression_id": int(row["expression_id"]),
                     "no_target": bool(row["predicted_no_target"]),
                     "score": float(row["score"]),
-                    "segmentation": json.loads(rle),
+                    "segmentation": {
+                        "size": [int(row["height"]), int(row["width"])],
+                        "counts": counts,
+                    },
                 }
                 file.write(json.dumps(finite_or_null(line)) + "\n")
 
@@ -254,16 +258,16 @@ def _in_order(unit: dict, results: Sequence[dict]) -> Sequence[dict]:
     return [by_id[expression_id] for expression_id in wanted]
 
 
-def _check_masks(unit: dict, result: dict, masks: torch.Tensor, size: tuple[int, int]) -> None:
-    if masks.dtype != torch.bool or tuple(masks.shape[-2:]) != size:
+def _check_shape(unit: dict, result: dict, masks: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if masks.dtype != torch.bool or tuple(masks.shape) != shape:
         raise ValueError(
-            f"{_name(unit)}, expression {result['expression_id']}: masks are bool of size {size}, "
-            f"got {masks.dtype} of shape {tuple(masks.shape)}"
+            f"{_name(unit)}, expression {result['expression_id']}: expected a bool mask of shape "
+            f"{shape}, got {masks.dtype} of {tuple(masks.shape)}"
         )
 
 
 def _ground_truth(unit: dict) -> tuple[list[np.ndarray], np.ndarray]:
-    """The unit's distinct ground truths, bool (height,width), and the index of each expression's."""
+    """The unit's distinct ground truths, bool (height,width), and which is each expression's."""
     segmentations = {
         annotation["id"]: annotation["segmentation"] for annotation in unit["annotations"]
     }
@@ -301,15 +305,27 @@ def _count(
     masks: Sequence[torch.Tensor], truths: Sequence[np.ndarray], which: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Areas of E masks and of their intersections with truths[which]: int64 (E,), int64 (E,)."""
-    if masks[0].device.type == "cpu":
-        # numpy counts bools four times as fast as torch does.
-        predictions = [mask.contiguous().numpy() for mask in masks]
-        areas = [np.count_nonzero(mask) for mask in predictions]
-        shared = [np.count_nonzero(mask & truths[i]) for mask, i in zip(predictions, which)]
-        return np.array(areas), np.array(shared)
+    # numpy counts bools four times as fast as torch does on a CPU.
+    count = _count_numpy if masks[0].device.type == "cpu" else _count_torch
+    return count(masks, truths, which)
+
+
+def _count_numpy(
+    masks: Sequence[torch.Tensor], truths: Sequence[np.ndarray], which: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    predictions = [mask.contiguous().numpy() for mask in masks]
+    areas = [np.count_nonzero(mask) for mask in predictions]
+    shared = [np.count_nonzero(mask & truths[i]) for mask, i in zip(predictions, which)]
+    return np.array(areas), np.array(shared)
+
+
+def _count_torch(
+    masks: Sequence[torch.Tensor], truths: Sequence[np.ndarray], which: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     predictions = torch.stack(list(masks)).flatten(1)
     truth = torch.from_numpy(np.stack(truths)).to(predictions.device).flatten(1)
     shared = predictions & truth[torch.from_numpy(which).to(predictions.device)]
+    # One transfer, of integers.
     areas, shared = torch.stack([predictions.sum(1), shared.sum(1)]).cpu().numpy()
     return areas, shared
 
@@ -320,7 +336,7 @@ def _oracle(
     """I and U of the union of those instances that lie in the ground truth by more than half."""
     instances: Instances = result["instances"]
     masks = instances.pred_masks
-    _check_masks(unit, result, masks, size)
+    _check_shape(unit, result, masks, (len(instances), *size))
     target = torch.from_numpy(truth).to(masks.device)
     areas = masks.flatten(1).sum(1)
     inside = (masks & target).flatten(1).sum(1) * 2 > areas
@@ -336,7 +352,7 @@ def _check_unique(images: Sequence[tuple[str, str, int]], rows: np.ndarray) -> N
         row = rows[np.flatnonzero(same)[0]]
         _, file_name, image_id = images[row["image"]]
         raise ValueError(
-            f"image {file_name} (id {image_id}): expression {row['expression_id']} was scored twice, "
-            f"as were {same.sum() - 1} others; the loader repeats images (use build_test_loader), or "
-            "reset() was not called"
+            f"image {file_name} (id {image_id}): expression {row['expression_id']} was scored "
+            f"twice, as were {same.sum() - 1} others; the loader repeats images (build_test_loader "
+            "does not), or reset() was not called"
         )

@@ -1,26 +1,29 @@
 """The metrics of referring segmentation, from pixel counts alone.
 
-An expression i brings I_i = |P and G|, U_i = |P or G| (pixels of its predicted mask P and its ground
-truth G, both as given), whether it has no target (truth) and whether the prediction says so. In the
-words of GRES (ReLA), "no target" is the positive class:
+Expression i brings I_i = |P and G| and U_i = |P or G|, pixels of its predicted mask P and its
+ground truth G, both as given; whether it has no target; and whether the prediction says so. As in
+GRES (ReLA), "no target" is the positive class:
 
-    TP  no target, said so          gIoU_i = 1        adds 0, 0 to cIoU, even if P is not empty  (rule 1)
-    FN  no target, not said         gIoU_i = 0        adds 0, |P|                                (rule 2)
-    FP  target, "no target" said    gIoU_i = 0        adds 0, U_i, with P as given               (rule 3)
-    TN  target, not said            gIoU_i = I_i/U_i  adds I_i, U_i; gIoU_i = 0 if U_i = 0       (rule 4)
+    TP  no target, said so        gIoU_i = 1        cIoU gets 0, 0, even if P is not empty  (rule 1)
+    FN  no target, not said       gIoU_i = 0        cIoU gets 0, |P|                        (rule 2)
+    FP  target, "no target" said  gIoU_i = 0        cIoU gets 0, U_i, with P as given       (rule 3)
+    TN  target, not said          gIoU_i = I_i/U_i  cIoU gets I_i, U_i; 0 if U_i = 0        (rule 4)
 
-    gIoU    mean of gIoU_i over all expressions                    cIoU   sum I / sum U of these rules
-    N_acc   TP / (TP + FN)                                         T_acc  TN / (TN + FP)
-    mIoU    mean of I_i/U_i over the expressions with a target     oIoU   sum I_i / sum U_i over them
-    Pr@X    share of the expressions with a target whose gIoU_i >= X (exact ties count)
+    gIoU   mean of gIoU_i over all expressions
+    cIoU   sum I / sum U over all expressions, by the rules
+    mIoU   mean of I_i/U_i (0 if U_i = 0) over the expressions with a target
+    oIoU   sum I_i / sum U_i over the expressions with a target
+    Pr@X   share of the expressions with a target whose gIoU_i >= X, exact ties included
+    N_acc  TP / (TP + FN)
+    T_acc  TN / (TN + FP)
 
-gIoU, cIoU, N_acc, T_acc follow ReLA's evaluator, oIoU and mIoU LAVT's test script, Pr@X both of them.
-LAVT knows no "no target" answer: oIoU and mIoU therefore judge the mask alone, as given, whatever the
-prediction says beside it, while a target denied (FP) is a miss for gIoU, cIoU and Pr@X as in ReLA.
-Where nobody says "no target" and every expression has one, gIoU = mIoU and cIoU = oIoU.
+gIoU, cIoU, N_acc, T_acc are those of ReLA's evaluator, oIoU and mIoU those of LAVT's test script,
+Pr@X that of both. LAVT knows no "no target" answer: oIoU and mIoU judge the mask alone, as given,
+whatever the prediction says beside it, while a denied target (FP) misses for gIoU, cIoU and Pr@X,
+as in ReLA. Where every expression has a target that is not denied, gIoU = mIoU and cIoU = oIoU.
 
-Unlike ReLA's, accuracies are percentages like everything else, and what is not defined (no expression
-to average over, or a union of 0 pixels) is nan rather than 0 or an exception.
+All are percentages (ReLA's accuracies are fractions). What is not defined, having no expression to
+average over or a union of 0 pixels, is nan, where ReLA has 0 or an exception.
 """
 
 import math
@@ -31,7 +34,7 @@ PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def iou(intersection: np.ndarray, union: np.ndarray) -> np.ndarray:
-    """int64 (n,), int64 (n,) -> float64 (n,) in 0..1; 0 where the union is empty."""
+    """Integers (n,), (n,) -> float64 (n,) in 0..1; 0 where the union is empty."""
     return np.divide(intersection, union, out=np.zeros(len(union)), where=union > 0)
 
 
@@ -42,7 +45,7 @@ def gres_iou(
     no_target: np.ndarray,
     predicted_no_target: np.ndarray,
 ) -> np.ndarray:
-    """gIoU_i of rules 1 to 4 (see the module), float64 (n,) in 0..1. Arguments as compute_metrics."""
+    """gIoU_i by rules 1 to 4, float64 (n,) in 0..1; arguments as those of compute_metrics."""
     found = np.where(predicted_no_target, 0.0, iou(intersection, union))
     return np.where(no_target, predicted_no_target, found)
 
@@ -57,24 +60,24 @@ def compute_metrics(
     """Metrics over n expressions; n may be 0. Independent of their order to the last digit.
 
     Args:
-        intersection: int64 (n,), pixels in both mask and ground truth.
-        union: int64 (n,), pixels in either.
+        intersection: integer (n,), pixels in both mask and ground truth.
+        union: integer (n,), pixels in either.
         no_target: bool (n,), the truth.
         predicted_no_target: bool (n,), what the prediction says.
 
     Returns:
         gIoU, cIoU, oIoU, mIoU, Pr@0.5 ... Pr@0.9, N_acc, T_acc: float, percent, nan if undefined;
-        the counts behind them: int num_expressions, num_no_target, TP, FN, FP, TN, and the pixel sums
-        cIoU_I, cIoU_U, oIoU_I, oIoU_U.
+        the counts behind them: int num_expressions, num_no_target, TP, FN, FP, TN, and the pixel
+        sums cIoU_I, cIoU_U, oIoU_I, oIoU_U.
     """
     target = ~no_target
     true_positive = no_target & predicted_no_target
     false_positive = target & predicted_no_target
     sums = {
-        "cIoU_I": int(intersection[target & ~predicted_no_target].sum()),
-        "cIoU_U": int(union[~true_positive].sum()),
-        "oIoU_I": int(intersection[target].sum()),
-        "oIoU_U": int(union[target].sum()),
+        "cIoU_I": int(intersection[target & ~predicted_no_target].sum(dtype=np.int64)),
+        "cIoU_U": int(union[~true_positive].sum(dtype=np.int64)),
+        "oIoU_I": int(intersection[target].sum(dtype=np.int64)),
+        "oIoU_U": int(union[target].sum(dtype=np.int64)),
     }
     counts = {
         "num_expressions": len(target),

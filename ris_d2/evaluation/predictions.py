@@ -21,13 +21,13 @@ def score_predictions(
 ) -> "OrderedDict[str, dict[str, float]]":
     """Score a file of masks, each counted as given, in the way of ``ReferringEvaluator``.
 
-    The file holds one JSON object per line, in any order, exactly one per expression of the dataset:
+    The file holds one JSON object per line, in any order, one for each expression of the dataset:
 
         {"expression_id": int, "segmentation": {"size": [height, width], "counts": str | list},
          "no_target": bool (false), "score": float (null),
          "image_id", "file_name", "source": only needed if the expression id alone is ambiguous}
 
-    Only the base name of file_name is compared. ReferringEvaluator(save_predictions=True) writes it.
+    Only the base name of file_name is compared. TEST.SAVE_PREDICTIONS writes such a file.
 
     Args:
         dataset_name: registered in DatasetCatalog.
@@ -39,8 +39,8 @@ def score_predictions(
     Raises:
         FileNotFoundError: no such file.
         KeyError: no dataset of this name.
-        ValueError: a line that is no such object, names no or several expressions of the dataset, or
-            has a mask of another size (named by its number); an expression without a line.
+        ValueError: a line (named by its number) that is no such object, fits none or several of the
+            dataset's expressions, or has a mask of another size; an expression without a line.
     """
     records = DatasetCatalog.get(dataset_name)
     lines = _assign(records, path)
@@ -63,7 +63,7 @@ def score_predictions(
 
 
 def _assign(records: list[dict], path: str | os.PathLike) -> dict[int, dict[int, dict]]:
-    """{record index: {line number: line}}: which record's expression each line of the file scores."""
+    """{record index: {line number: line}}: whose expressions the lines of the file score."""
     places = defaultdict(list)
     for index, record in enumerate(records):
         for expression in record["expressions"]:
@@ -78,15 +78,15 @@ def _assign(records: list[dict], path: str | os.PathLike) -> dict[int, dict[int,
             line = _parse(text, where)
             expression_id = line["expression_id"]
             fitting = [i for i in places[expression_id] if _agrees(line, records[i])]
-            if len(fitting) != 1:
+            if not fitting:
                 raise ValueError(
-                    f"{where}: expression {expression_id} is "
-                    + (
-                        f"in {len(fitting)} images of the dataset; say which by image_id, file_name "
-                        "or source"
-                        if fitting
-                        else "not in the dataset, or not in the image that the line names"
-                    )
+                    f"{where}: expression {expression_id} is not in the dataset, or not in the "
+                    "image that the line names"
+                )
+            if len(fitting) > 1:
+                raise ValueError(
+                    f"{where}: expression {expression_id} is in {len(fitting)} images of the "
+                    "dataset; say which by image_id, file_name or source"
                 )
             first = first_lines.setdefault((fitting[0], expression_id), number)
             if first != number:

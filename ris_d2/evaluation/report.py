@@ -15,11 +15,11 @@ ROW = np.dtype(
         ("image", np.int32),  # position in the list of images
         ("expression_id", np.int64),
         ("ref_id", np.int64),
-        ("intersection", np.int64),  # pixels, mask as given
-        ("union", np.int64),
-        ("target_area", np.int64),  # pixels of the ground truth
-        ("oracle_intersection", np.int64),  # -1: the result carried no instances
-        ("oracle_union", np.int64),
+        ("intersection", np.int32),  # pixels, mask as given
+        ("union", np.int32),
+        ("target_area", np.int32),  # pixels of the ground truth
+        ("oracle_intersection", np.int32),  # -1: the result carried no instances
+        ("oracle_union", np.int32),
         ("score", np.float64),
         ("height", np.int32),  # of the masks
         ("width", np.int32),
@@ -67,9 +67,10 @@ def breakdowns(rows: np.ndarray, sources: Sequence[str]) -> dict[str, dict]:
 
     Returns:
         {"num_targets" | "target_area" | "num_words" | "source": {group: metrics}} without empty
-        groups, target_area (share of the image) over expressions with a target only; and "referent":
-        over the referents that have a target, their number and the mean of the IoU (mask as given,
-        percent) of each one's best sentence, of its sentences' mean, and of its worst sentence.
+        groups, target_area (share of the image) over expressions with a target only; and
+        "referent": over the referents that have a target, their number and the mean of the IoU
+        (mask as given, percent) of each one's best sentence, of its sentences' mean, and of its
+        worst sentence.
     """
     targets = rows[rows["num_targets"] > 0]
     source = np.array(sources, dtype=object)[rows["image"]] if len(rows) else np.array([])
@@ -119,7 +120,7 @@ def resolution(rows: np.ndarray) -> str | list[int]:
 
 
 def tables(metrics: dict[str, float], groups: dict[str, dict]) -> str:
-    """The log's text: one table of metrics, one of counts, one of all breakdowns; n/a = undefined."""
+    """The log's text: tables of the metrics, the counts and the breakdowns; n/a = undefined."""
     percentages = [name for name in (*_METRICS, "oracle_mIoU") if name in metrics]
     counts = [name for name in metrics if name not in percentages]
     shown = ["num_expressions", "gIoU", "cIoU", "mIoU", "Pr@0.5", "N_acc", "T_acc"]
@@ -158,9 +159,17 @@ def expression_records(
     I and U are pixels of the mask as given, IoU is I/U (0 where U = 0), gIoU the expression's share
     of the metric of that name (1 for a no-target expression recognised as such, 0 for a target
     denied), all in 0..1. no_target is what the prediction says; the truth is num_targets == 0.
-    area_ratio is the ground truth's share of the image. oracle_IoU is nan without predicted instances,
-    and 1 where the ground truth and the best set of instances are both empty.
+    area_ratio is the ground truth's share of the image. oracle_IoU is the IoU of the union of those
+    predicted instances that lie in the ground truth by more than half: nan without instances, 1
+    where that union and the ground truth are both empty.
     """
+    for start in range(0, len(rows), 5000):  # Python objects of a part of them at a time
+        yield from _expression_records(rows[start : start + 5000], images)
+
+
+def _expression_records(
+    rows: np.ndarray, images: Sequence[tuple[str, str, int]]
+) -> Iterator[dict[str, Any]]:
     counts = {
         "intersection": rows["intersection"],
         "union": rows["union"],
@@ -191,7 +200,7 @@ def expression_records(
 
 
 def finite_or_null(value: Any) -> Any:
-    """A copy of nested dicts and lists with None for every float that is not finite (JSON has none)."""
+    """Copy nested dicts and lists with None for every float that JSON lacks (nan, inf)."""
     if isinstance(value, dict):
         return {key: finite_or_null(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -14,6 +14,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.structures import Instances
 
 from ris_d2.evaluation import ReferringEvaluator
+from ris_d2.evaluation import evaluator as evaluator_module
 from ris_d2.masks import encode
 
 SIZE = (20, 30)
@@ -40,7 +41,7 @@ def unit(annotations, expressions, *, image_id=1, size=SIZE, **more):
         "source": "test",
         "annotations": [{"id": k, "segmentation": s} for k, s in annotations.items()],
         "expressions": [
-            {"expression_id": k, "ref_id": 100 * image_id, "text": "the red one", "annotation_ids": a}
+            {"expression_id": k, "ref_id": 100 * image_id, "text": "a red one", "annotation_ids": a}
             for k, a in expressions.items()
         ],
         **more,
@@ -149,7 +150,7 @@ def random_pairs(count=300, size=(24, 24)):
 
 
 def test_two_processes_give_the_numbers_of_one(tmp_path):
-    """Through gloo and detectron2's inference_on_dataset, with interleaved images, to the last byte."""
+    """Through gloo and detectron2's inference_on_dataset, images interleaved, to the last byte."""
     script = pathlib.Path(__file__).with_name("evaluate_in_processes.py")
     runpy.run_path(str(script))["main"](0, 1, str(tmp_path / "1"))
     environment = {
@@ -191,10 +192,11 @@ def test_runs_under_detectron2():
 
 def test_reset_forgets():
     evaluator = ReferringEvaluator("test")
-    pair = unit({7: rectangle(0, 0, 10, 10)}, {1: [7]}), {"referring": [result(1, box(0, 0, 5, 10))]}
-    evaluator.process(pair[:1], pair[1:])
+    inputs = [unit({7: rectangle(0, 0, 10, 10)}, {1: [7]})]
+    outputs = [{"referring": [result(1, box(0, 0, 5, 10))]}]
+    evaluator.process(inputs, outputs)
     evaluator.reset()
-    evaluator.process(pair[:1], pair[1:])
+    evaluator.process(inputs, outputs)
     assert evaluator.evaluate()["referring"]["num_expressions"] == 1
 
 
@@ -207,8 +209,9 @@ def test_nothing_to_evaluate(tmp_path, caplog):
 
 
 def write_example(tmp_path, **options):
-    """Two referents of image 1 (IoU 1 and 0.5; 0), a no-target expression of image 2 that is missed."""
-    inputs = unit({7: rectangle(0, 0, 10, 10), 8: rectangle(20, 0, 30, 20)}, {3: [7], 1: [7], 2: [8]})
+    """Two referents of image 1 (IoU 1 and 0.5; 0), a missed no-target expression of image 2."""
+    boxes = {7: rectangle(0, 0, 10, 10), 8: rectangle(20, 0, 30, 20)}
+    inputs = unit(boxes, {3: [7], 1: [7], 2: [8]})
     inputs["expressions"][2]["ref_id"] = 101
     inputs["expressions"][0]["text"] = "left"
     results = [
@@ -269,7 +272,8 @@ def test_undefined_metrics_are_nan_null_and_not_available(tmp_path, caplog):
 def test_breakdowns(tmp_path):
     """By hand: box 7 covers 100/600 of the image (10-30%), box 8 200/600 (>=30%).
 
-    Referent 100 has IoUs 1 and 0.5, referent 101 has 0: best (1 + 0)/2, mean (0.75 + 0)/2, worst 0.25.
+    Referent 100 has IoUs 1 and 0.5, referent 101 has 0: best (1 + 0)/2, mean (0.75 + 0)/2, worst
+    (0.5 + 0)/2.
     """
     write_example(tmp_path)
     groups = json.loads((tmp_path / "results.json").read_text())["breakdowns"]
@@ -300,7 +304,7 @@ def instances(*masks, size=SIZE):
 
 
 def test_oracle_takes_the_instances_that_lie_mostly_inside(tmp_path):
-    """Ground truth 10x10. Instances: 6x10 inside it (all of it), 4x10 with exactly half inside (left
+    """Ground truth 10x10. Instances: 6x10 wholly inside it, 4x10 with exactly half inside (left
     out: not more than half), 3x10 with 2/3 inside. I = 60 + 20, U = 100 + 10: 80/110.
     """
     masks = [box(0, 0, 6, 10), box(8, 0, 12, 10), box(8, 0, 11, 10)]
@@ -327,11 +331,11 @@ def test_bad_results_are_named():
         evaluate((inputs, [good, good, other]))
     with pytest.raises(ValueError, match=f"{where}: a result for expression 3"):
         evaluate((inputs, [good, other, result(3, box(0, 0, 1, 1))]))
-    with pytest.raises(ValueError, match=f"{where}, expression 2: masks are bool of size .20, 30."):
+    with pytest.raises(ValueError, match=f"{where}, expression 2: expected .* shape .20, 30.,"):
         evaluate((inputs, [good, result(2, box(0, 0, 1, 1, (30, 20)))]))
     with pytest.raises(ValueError, match=f"{where}, expression 2: .*float32"):
         evaluate((inputs, [good, result(2, np.zeros(SIZE, np.float32))]))
-    with pytest.raises(ValueError, match=f"{where}: the output has no 'referring'"):
+    with pytest.raises(ValueError, match=f"{where}: no 'referring' in the output"):
         ReferringEvaluator("test").process([inputs], [{"instances": []}])
     with pytest.raises(ValueError, match="1 inputs, but 0 outputs"):
         ReferringEvaluator("test").process([inputs], [])
@@ -340,7 +344,7 @@ def test_bad_results_are_named():
 def test_an_expression_scored_twice_is_named():
     inputs = unit({7: rectangle(0, 0, 10, 10)}, {1: [7]}, image_id=5)
     pair = (inputs, [result(1, box(0, 0, 1, 1))])
-    with pytest.raises(ValueError, match=r"images/000005.jpg \(id 5\): expression 1 was scored twice"):
+    with pytest.raises(ValueError, match=r"000005.jpg \(id 5\): expression 1 was scored twice"):
         evaluate(pair, pair)
 
 
@@ -362,6 +366,19 @@ def test_bad_ground_truth_is_named():
 def test_saving_predictions_needs_a_place():
     with pytest.raises(ValueError, match="output_dir"):
         ReferringEvaluator("test", save_predictions=True)
+
+
+def test_counting_on_a_device_equals_counting_in_numpy():
+    rng = np.random.default_rng(0)
+    masks = [torch.from_numpy(rng.random(SIZE) < 0.5) for _ in range(5)]
+    masks[1] = torch.from_numpy(np.asfortranarray(masks[1].numpy()))
+    truths = [rng.random(SIZE) < 0.5, np.zeros(SIZE, bool)]
+    which = np.array([0, 0, 1, 1, 0])
+    by_hand = [mask.numpy().sum() for mask in masks], [
+        (mask.numpy() & truths[index]).sum() for mask, index in zip(masks, which)
+    ]
+    for count in (evaluator_module._count_numpy, evaluator_module._count_torch):
+        np.testing.assert_array_equal(count(masks, truths, which), by_hand)
 
 
 def test_memory_does_not_depend_on_image_size():

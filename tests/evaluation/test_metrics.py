@@ -24,8 +24,8 @@ def metrics(*samples):
 def test_targets_without_any_no_target_answer():
     """I/U = 30/60, 90/100: mean (0.5 + 0.9)/2 = 70 %, cumulative 120/160 = 75 %.
 
-    Both count as hits at 0.5, only the second from 0.6 to 0.9 (0.9 exactly); T_acc = 2/2, and there is
-    no sample to define N_acc.
+    Both count as hits at 0.5, only the second from 0.6 to 0.9 (0.9 exactly); T_acc = 2/2, and no
+    sample defines N_acc.
     """
     result = metrics((30, 60, 0, 0), (90, 100, 0, 0))
     assert result["gIoU"] == result["mIoU"] == pytest.approx(70)
@@ -108,8 +108,8 @@ def test_rule_4_target_without_a_pixel_anywhere_counts_zero():
 def test_all_four_cases_together():
     """TP; FN with 10 pixels; FP 30/40; TN 45/60.
 
-    gIoU = (1 + 0 + 0 + 0.75)/4 = 43.75 %; cIoU = 45/(10 + 40 + 60) = 45/110; mIoU = (0.75 + 0.75)/2;
-    oIoU = 75/100; Pr@0.7 = 1/2; N_acc = T_acc = 1/2.
+    gIoU = (1 + 0 + 0 + 0.75)/4 = 43.75 %; cIoU = 45/(10 + 40 + 60) = 45/110;
+    mIoU = (0.75 + 0.75)/2; oIoU = 75/100; Pr@0.7 = 1/2; N_acc = T_acc = 1/2.
     """
     result = metrics((0, 7, 1, 1), (0, 10, 1, 0), (30, 40, 0, 1), (45, 60, 0, 0))
     assert result["gIoU"] == 43.75

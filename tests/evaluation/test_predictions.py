@@ -171,8 +171,8 @@ def test_command_line(dataset, tmp_path, monkeypatch, capsys):
     name = dataset(record(1, {1: [7]}))
     path = write(tmp_path, line(1, box(0, 0, 5, 10)))
     tool = pathlib.Path(__file__).parents[2] / "tools/score_predictions.py"
-    arguments = [str(tool), "--dataset", name, "--predictions", str(path), "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", arguments)
+    arguments = ["--dataset", name, "--predictions", str(path), "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [str(tool), *arguments])
     runpy.run_path(str(tool), run_name="__main__")
     assert "50.00" in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text())["referring"]["cIoU"] == 50
