@@ -1,7 +1,7 @@
 """Train or evaluate any ris_d2 model.
 
     python train_net.py --config-file configs/shared_ris_beit3_b.yaml --num-gpus 8
-    python train_net.py --config-file C --resume                       # from OUTPUT_DIR's last checkpoint
+    python train_net.py --config-file C --resume       # from OUTPUT_DIR's last checkpoint
     python train_net.py --config-file C --eval-only MODEL.WEIGHTS model_best.pth
     torchrun --nproc-per-node 8 train_net.py --config-file C
 
@@ -73,8 +73,8 @@ def warn_of_smaller_batch(recipe: CfgNode, cfg: CfgNode) -> None:
         )
 
 
-def main(args: argparse.Namespace) -> dict:
-    """Run on one process. Returns the results on the main process: {"referring": metrics}, see Trainer.test."""
+def main(args: argparse.Namespace) -> dict | None:
+    """Run one process. Returns what --eval-only measured, see Trainer.test; None after training."""
     cfg = load_config(args.config_file, args.opts)
     check_datasets(cfg)
     default_setup(cfg, args)
@@ -83,7 +83,8 @@ def main(args: argparse.Namespace) -> dict:
     if not args.eval_only:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
-        return trainer.train()
+        trainer.train()
+        return None
     model = Trainer.build_model(cfg)
     checkpointer = RISCheckpointer(model, cfg.OUTPUT_DIR, init=cfg.MODEL.INIT)
     resumes = args.resume and checkpointer.has_checkpoint()
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
         return
     rank, world_size, local_rank, local_size = (int(os.environ[name]) for name in names)
-    # ``detectron2.engine.launch`` is the function; its module has the part that runs in each process.
+    # ``detectron2.engine.launch`` is the function; its module has what runs in each process.
     worker = importlib.import_module("detectron2.engine.launch")._distributed_worker
     worker(local_rank, main, world_size, local_size, rank // local_size, "env://", (args,))
 

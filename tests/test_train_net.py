@@ -24,7 +24,7 @@ def train_net():
 
 @pytest.fixture(autouse=True)
 def restore_loggers():
-    """detectron2's setup_logger cuts loggers off from the root, and with it from pytest's caplog."""
+    """detectron2's setup_logger cuts loggers off from the root, and so from pytest's caplog."""
     loggers = [logging.getLogger(name) for name in ("ris_d2", "detectron2", "fvcore")]
     before = [(logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
     yield
@@ -75,7 +75,9 @@ def test_unknown_dataset_lists_the_known(train_net):
     DatasetCatalog.register("ris_known_val", list)
     try:
         cfg = train_net.load_config("", ["DATASETS.TRAIN", (), "DATASETS.TEST", ("ris_knwon_val",)])
-        with pytest.raises(ValueError, match="'ris_knwon_val'; did you mean ris_known_val.*known: "):
+        with pytest.raises(
+            ValueError, match="'ris_knwon_val'; did you mean ris_known_val.*known: "
+        ):
             train_net.check_datasets(cfg)
     finally:
         DatasetCatalog.remove("ris_known_val")

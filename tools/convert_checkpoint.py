@@ -1,6 +1,9 @@
-"""Convert published weights to the names of ris_d2: python tools/convert_checkpoint.py --source S IN OUT
+"""Convert published weights to the names of ris_d2.
 
-For backbones (beit3) the result serves in MODEL.INIT like the published file, without its unused heads.
+    python tools/convert_checkpoint.py --source S IN OUT
+
+For backbones (beit3) the result serves in MODEL.INIT like the published file, without its unused
+heads.
 """
 
 import argparse
@@ -18,8 +21,12 @@ logger = logging.getLogger("convert_checkpoint")
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", required=True, choices=sorted(CONVERTERS), help="published format")
-    parser.add_argument("input", metavar="IN", help="published file: path, https://, hf://, timm://")
+    parser.add_argument(
+        "--source", required=True, choices=sorted(CONVERTERS), help="published format"
+    )
+    parser.add_argument(
+        "input", metavar="IN", help="published file: path, https://, hf://, timm://"
+    )
     parser.add_argument("output", metavar="OUT", help="file to write (.pth)")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,4 +1,4 @@
-"""Placing weights in a model, with an account of what was used, and checkpoints that are whole or refused."""
+"""Weights placed in a model with an account of each; checkpoints that are whole or refused."""
 
 import dataclasses
 import logging
@@ -20,8 +20,8 @@ __all__ = ["RISCheckpointer", "load_init"]
 
 logger = logging.getLogger(__name__)
 
-# A checkpoint that starts a training (MODEL.WEIGHTS) must fill, together with MODEL.INIT, at least this
-# share of the parameters, counted by elements: enough for a new head, too much for another method.
+# A checkpoint that starts a training (MODEL.WEIGHTS) must fill, together with MODEL.INIT, at least
+# this share of the parameters, counted by elements: a new head may be missing, a method may not.
 MIN_FILLED = 0.9
 # State that the config or the next step gives anyway.
 _NEGLIGIBLE = ("pixel_mean", "pixel_std", "num_batches_tracked")
@@ -97,13 +97,13 @@ def load_init(model: nn.Module, init: Iterable[Sequence[str]]) -> dict[str, tupl
 
 
 class RISCheckpointer(DetectionCheckpointer):
-    """detectron2's checkpointer with MODEL.INIT, an account of every load, and refusal of what does not fit.
+    """detectron2's checkpointer with MODEL.INIT; every load is accounted for, or refused.
 
     Files are read without running what they name, and written whole or not at all. With
-    ``save_frozen`` False, frozen parameters that came from MODEL.INIT are left out of the file, which
-    then names their sources under "frozen_sources": [[source, path, SHA-256], ...]. Buffers always
-    stay in (they are small, and BatchNorm may move in a frozen part). Loading such a file, on resume
-    too, loads the sources first; a source that moved is also looked for in ``init``.
+    ``save_frozen`` False, frozen parameters that came from MODEL.INIT are left out of the file,
+    which then names their sources under "frozen_sources": [[source, path, SHA-256], ...]. Buffers
+    always stay in (they are small, and BatchNorm may move in a frozen part). Loading such a file,
+    on resume too, loads the sources first; a source that moved is also looked for in ``init``.
 
     Args:
         model: the model, or its DistributedDataParallel wrapper.
@@ -137,9 +137,9 @@ class RISCheckpointer(DetectionCheckpointer):
 
         Args:
             path: a checkpoint (file or URL); "" fills from MODEL.INIT alone.
-            checkpointables: which further objects to load. None (resuming, evaluating) means all, and
-                the checkpoint must then fill the whole model; [] (MODEL.WEIGHTS as the start of a
-                training, as ``resume_or_load`` calls it) accepts 90 % of the parameters.
+            checkpointables: which further objects to load. None (resuming, evaluating) means all,
+                and the checkpoint must then fill the whole model; [] (MODEL.WEIGHTS as the start of
+                a training, as ``resume_or_load`` calls it) accepts 90 % of the parameters.
 
         Returns:
             what else the file holds.
@@ -157,13 +157,13 @@ class RISCheckpointer(DetectionCheckpointer):
         return super().load(local_path(path), checkpointables)
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write model, checkpointables and ``kwargs`` to ``<save_dir>/<name>.pth`` and tag it as the last."""
+        """Write model, checkpointables and ``kwargs`` to ``<name>.pth``, for --resume."""
         state = {key: item.state_dict() for key, item in self.checkpointables.items()}
         if self._write(name, {**state, **kwargs}):
             self.tag_last_checkpoint(f"{name}.pth")
 
     def save_weights(self, name: str, **kwargs: Any) -> None:
-        """Write the model and ``kwargs`` alone; ``--resume`` does not start from such a file."""
+        """Write the model and ``kwargs`` alone; --resume does not start from such a file."""
         self._write(name, kwargs)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -240,7 +240,7 @@ class RISCheckpointer(DetectionCheckpointer):
         return [self._find_source(*entry) for entry in recorded]
 
     def _find_source(self, source: str, recorded_path: str, digest: str) -> tuple[str, str]:
-        """The file with that hash: where MODEL.INIT says, else where it was when the checkpoint was written."""
+        """Find the file of that hash where MODEL.INIT says, else where it was at saving."""
         candidates = [path for kind, path in self.init if kind == source] + [recorded_path]
         tried = []
         for path in dict.fromkeys(candidates):
@@ -253,8 +253,9 @@ class RISCheckpointer(DetectionCheckpointer):
                 return source, path
             tried.append(f"{path} (SHA-256 {found[:12]}...)")
         raise ValueError(
-            f"{self._loading} leaves its frozen {source} weights out and needs the file with SHA-256 "
-            f"{digest[:12]}...; tried {', '.join(tried)}. Name it: MODEL.INIT '[[\"{source}\", PATH]]'"
+            f"{self._loading} leaves its frozen {source} weights out and needs the file with "
+            f"SHA-256 {digest[:12]}...; tried {', '.join(tried)}. Name it: "
+            f"MODEL.INIT '[[\"{source}\", PATH]]'"
         )
 
     def _check_filled(self, fit: _Fit, by_init: set[str]) -> None:
@@ -267,8 +268,8 @@ class RISCheckpointer(DetectionCheckpointer):
         if share < self._required or (self._required == 1.0 and unfilled):
             raise ValueError(
                 f"{self._loading} fills {share:.1%} of {type(self.model).__name__}'s parameters"
-                f" ({self._required:.0%} needed): {fit}. It is a checkpoint of another method, or of "
-                "another configuration of this one"
+                f" ({self._required:.0%} needed): {fit}. It is a checkpoint of another method, or "
+                "of another configuration of this one"
             )
 
 
@@ -283,7 +284,7 @@ def _part_name(model: nn.Module, source: str) -> str:
 
 
 def _fit(module: nn.Module, state_dict: dict[str, Tensor]) -> _Fit:
-    """Compare ``state_dict`` with ``module``, after its sub-modules resized what they know how to resize."""
+    """Compare ``state_dict`` with ``module``, once its sub-modules have resized what they can."""
     state_dict, resized = dict(state_dict), []
     for name, child in module.named_modules():
         if not hasattr(child, "fit_state_dict"):
@@ -321,7 +322,9 @@ def _converted(published: Mapping[str, Any], source: str, path: str) -> dict[str
         raise ValueError(f"{path}: {error}") from error
 
 
-def _dropped_by_conversion(published: Mapping[str, Any], converted: Mapping[str, Tensor]) -> set[str]:
+def _dropped_by_conversion(
+    published: Mapping[str, Any], converted: Mapping[str, Tensor]
+) -> set[str]:
     kept = {id(value) for value in converted.values()}
     return {name for name, value in unwrap_state_dict(published).items() if id(value) not in kept}
 

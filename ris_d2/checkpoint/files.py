@@ -71,8 +71,8 @@ def _read_torch(path: str) -> Any:
         forbidden = re.search(r"(?:GLOBAL|global|class) (\S+) was not an allowed", str(error))
         if forbidden:
             raise ValueError(
-                f"{path}: holds Python objects ({forbidden[1]}), which are not run; if you trust the "
-                "file, save its tensors alone: torch.save({'model': state_dict}, path)"
+                f"{path}: holds Python objects ({forbidden[1]}), which are not run; if you trust "
+                "the file, save its tensors alone: torch.save({'model': state_dict}, path)"
             ) from error
         raise _damaged(path, error) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
@@ -94,8 +94,8 @@ def _to_tensors(value: Any) -> Any:
 
 
 def _plain_globals() -> list:
-    # numpy's callables are found by pickling, because they moved from numpy.core to numpy._core between
-    # numpy 1 and 2 and files carry either name.
+    # numpy's callables are found by pickling, because they moved from numpy.core to numpy._core
+    # between numpy 1 and 2, and files carry either name.
     scalar = np.float64(0).__reduce__()[0]
     reconstruct = np.zeros(1).__reduce__()[0]
     named = [

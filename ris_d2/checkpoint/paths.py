@@ -1,4 +1,4 @@
-"""Paths of weights beyond local files: ``hf://`` and ``timm://``, beside detectron2's ``https://``."""
+"""Weights beyond local files: ``hf://`` and ``timm://``, beside detectron2's ``https://``."""
 
 import os
 from typing import IO, Any
@@ -23,7 +23,7 @@ class _DownloadHandler(PathHandler):
 
 
 class HuggingFaceHandler(_DownloadHandler):
-    """``hf://org/repo/path/in/repo``, or ``hf://org/repo@revision/path/in/repo``; needs huggingface_hub.
+    """``hf://org/repo[@revision]/path/in/repo``; needs huggingface_hub.
 
     Raises:
         ValueError: the path does not name organisation, repository and file.
@@ -70,17 +70,19 @@ class TimmHandler(_DownloadHandler):
             return PathManager.get_local_path(f"hf://{weights.hf_hub_id}/{filename}", force=force)
         if weights is not None and weights.url:
             return PathManager.get_local_path(weights.url, force=force)
-        raise ValueError(f"{path}: timm knows no weights named {name!r} (see timm.list_pretrained())")
+        raise ValueError(
+            f"{path}: timm knows no weights named {name!r} (see timm.list_pretrained())"
+        )
 
 
 def register_path_handlers() -> None:
-    """Teach detectron2's PathManager the ``hf://`` and ``timm://`` prefixes; calling it again is harmless."""
+    """Teach detectron2's PathManager ``hf://`` and ``timm://``; calling it again is harmless."""
     for handler in (HuggingFaceHandler(), TimmHandler()):
         PathManager.register_handler(handler, allow_override=True)
 
 
 def local_path(path: str) -> str:
-    """Return the local file behind ``path`` (a file, or a URL of any registered prefix; downloaded once).
+    """Return the local file behind ``path``: a file, or a URL of any prefix (downloaded once).
 
     Raises:
         FileNotFoundError: there is no such file.

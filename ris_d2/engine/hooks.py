@@ -39,8 +39,8 @@ class BestCheckpoint(HookBase):
     """Keep the weights of the best evaluation in ``model_best.pth``, on resume too.
 
     Runs after EvalHook. The score is the mean of ``metric`` over the test sets that define it.
-    ``model_best.json`` beside the weights, {"metric", "value", "iteration": optimizer steps done}, is
-    written after them and read when a resumed training starts.
+    ``model_best.json`` beside the weights, {"metric", "value", "iteration": optimizer steps done},
+    is written after them and read when a resumed training starts.
 
     Args:
         checkpointer: writes to its ``save_dir``.
@@ -59,7 +59,10 @@ class BestCheckpoint(HookBase):
         best = load_json(self._record)
         if best["metric"] != self._metric:
             logger.warning(
-                "%s is about %s; the best %s is sought anew", self._record, best["metric"], self._metric
+                "%s is about %s; the best %s is sought anew",
+                self._record,
+                best["metric"],
+                self._metric,
             )
             return
         self._best = best["value"]
@@ -83,12 +86,20 @@ class BestCheckpoint(HookBase):
         logger.info("Best %s: %.2f after %d iterations", self._metric, value, steps_done)
 
     def _fresh_score(self) -> float | None:
-        """The mean over the test sets that were evaluated at this iteration; None if there is none."""
+        """The mean over the test sets evaluated at this iteration; None if there is none."""
         storage = self.trainer.storage
-        values = [
-            value
+        # Results are named <test set>/<task>/<metric> or <task>/<metric>; nothing else has a slash.
+        fresh = [
+            (name.split("/")[-1], value)
             for name, (value, iteration) in storage.latest().items()
-            if name.split("/")[-1] == self._metric and iteration == storage.iter
+            if "/" in name and iteration == storage.iter
         ]
+        values = [value for metric, value in fresh if metric == self._metric]
+        if fresh and not values:
+            logger.warning(
+                "No best checkpoint: TEST.BEST_METRIC %s is none of %s",
+                self._metric,
+                ", ".join(sorted({metric for metric, _ in fresh})),
+            )
         defined = [value for value in values if math.isfinite(value)]
         return sum(defined) / len(defined) if defined else None

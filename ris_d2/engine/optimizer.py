@@ -21,7 +21,7 @@ _NORMS = (
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Build SOLVER.RIS.OPTIMIZER over the trainable parameters of ``model``; the log shows its groups.
+    """Build SOLVER.RIS.OPTIMIZER over the trainable parameters; the log shows its groups.
 
     Raises:
         ValueError: unknown optimizer, or see :func:`parameter_groups`.

@@ -18,12 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
-    """Build SOLVER.RIS.SCHEDULE: what every group's rate is multiplied with at iteration t of T = MAX_ITER.
+    """Build SOLVER.RIS.SCHEDULE: the factor on every group's rate at iteration t of T = MAX_ITER.
 
-    step: GAMMA^(number of SOLVER.STEPS passed); cosine: (1 + cos(pi t/T)) / 2; poly: (1 - t/T)^POLY_POWER.
-    The first SOLVER.WARMUP_ITERS iterations are a ramp (WARMUP_METHOD linear or constant) from
-    WARMUP_FACTOR to the value that the schedule has at the end of the warm-up; its clock is not
-    delayed by the warm-up.
+    step: GAMMA^(number of SOLVER.STEPS passed); cosine: (1 + cos(pi t/T)) / 2; poly:
+    (1 - t/T)^POLY_POWER. The first SOLVER.WARMUP_ITERS iterations are a ramp (WARMUP_METHOD linear
+    or constant) from WARMUP_FACTOR to the value that the schedule has at the end of the warm-up;
+    its clock is not delayed by the warm-up.
 
     Raises:
         ValueError: unknown schedule, or MAX_ITER is not positive.

@@ -17,12 +17,12 @@ __all__ = ["StepTrainer"]
 
 
 class StepTrainer(SimpleTrainer):
-    """SimpleTrainer with gradient accumulation, fp16 loss scaling and clipping of the whole gradient.
+    """SimpleTrainer with gradient accumulation, fp16 loss scaling and full-model clipping.
 
-    Micro-batches are weighted by their expressions over all processes, so that losses which are means
-    over expressions have the gradient of the whole batch at once, whatever the sizes. (Losses that
-    normalise by something else, and BatchNorm, see micro-batches.) Precision is the model's own
-    business; only fp16 needs the scaler here.
+    Micro-batches are weighted by their expressions over all processes, so that losses which are
+    means over expressions have the gradient of the whole batch at once, whatever the sizes. (Losses
+    that normalise by something else, and BatchNorm, see micro-batches.) Precision is the model's
+    own business; only fp16 needs the scaler here.
 
     Args:
         model: returns a dict of scalar losses, the same keys on every process and step.
@@ -52,8 +52,8 @@ class StepTrainer(SimpleTrainer):
         """Take one optimizer step.
 
         Raises:
-            FloatingPointError: a loss, or the gradient without fp16, is infinite or NaN. Names iteration
-                and samples; the parameters are those before the step.
+            FloatingPointError: a loss, or (with clipping, without fp16) the gradient, is infinite
+                or NaN. Names iteration and samples; the parameters are those before the step.
         """
         if not self.model.training:
             raise RuntimeError("the model was left in evaluation mode")
@@ -62,17 +62,16 @@ class StepTrainer(SimpleTrainer):
         data_time = time.perf_counter() - start
 
         self.optimizer.zero_grad()
-        losses: dict[str, Tensor] = {}
-        weights = _shares_of_expressions(batches)
-        for index, (batch, weight) in enumerate(zip(batches, weights)):
-            with self._gradient_sync(last=index == self.accumulation - 1):
-                micro_losses = {key: weight * loss for key, loss in self.model(batch).items()}
-                self._check_losses(micro_losses, batch)
-                total = sum(micro_losses.values())
-                (self.grad_scaler.scale(total) if self.grad_scaler else total).backward()
-            for key, loss in micro_losses.items():
-                losses[key] = losses.get(key, 0) + loss.detach()
-        self._write_metrics(losses, data_time)
+        shares = _shares_of_expressions(batches)
+        micro_losses = [
+            self._backward(batch, share, last=batch is batches[-1])
+            for batch, share in zip(batches, shares, strict=True)
+        ]
+        # After the last backward pass, because reading a loss waits for the GPU.
+        for losses, batch in zip(micro_losses, batches, strict=True):
+            self._check_finite(losses, batch)
+        total = {key: sum(losses[key] for losses in micro_losses) for key in micro_losses[0]}
+        self._write_metrics(total, data_time)
 
         if self.grad_scaler:
             self.grad_scaler.unscale_(self.optimizer)
@@ -95,17 +94,24 @@ class StepTrainer(SimpleTrainer):
         if self.grad_scaler and "grad_scaler" in state_dict:  # absent after a change of precision
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
-    def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager:
-        if isinstance(self.model, DistributedDataParallel) and not last:
-            return self.model.no_sync()
-        return contextlib.nullcontext()
+    def _backward(self, batch: list[dict], share: float, *, last: bool) -> dict[str, Tensor]:
+        """Add the gradient of one micro-batch; processes exchange gradients after the last one."""
+        waits = isinstance(self.model, DistributedDataParallel) and not last
+        with self.model.no_sync() if waits else contextlib.nullcontext():
+            losses = {key: share * loss for key, loss in self.model(batch).items()}
+            total = sum(losses.values())
+            (self.grad_scaler.scale(total) if self.grad_scaler else total).backward()
+        return {key: loss.detach() for key, loss in losses.items()}
 
-    def _check_losses(self, losses: dict[str, Tensor], batch: Sequence[dict]) -> None:
-        values = torch.stack([loss.detach() for loss in losses.values()]).tolist()
+    def _check_finite(self, losses: dict[str, Tensor], batch: Sequence[dict]) -> None:
+        values = torch.stack(list(losses.values())).tolist()
         if not all(map(math.isfinite, values)):
-            described = ", ".join(f"{key} {value}" for key, value in zip(losses, values))
+            described = ", ".join(
+                f"{key} {value}" for key, value in zip(losses, values, strict=True)
+            )
             raise FloatingPointError(
-                f"loss is not finite at iteration {self.iter}: {described}; samples: {_names(batch)}"
+                f"loss is not finite at iteration {self.iter}: {described}; samples: "
+                f"{_names(batch)}"
             )
 
     def _clip(self, samples: Sequence[dict]) -> None:
@@ -125,7 +131,7 @@ def _shares_of_expressions(batches: Sequence[Sequence[dict]]) -> list[float]:
     if len(batches) == 1:
         return [1.0]
     counts = [sum(len(sample["expressions"]) for sample in batch) for batch in batches]
-    totals = [sum(ranks) for ranks in zip(*comm.all_gather(counts))]
+    totals = [sum(ranks) for ranks in zip(*comm.all_gather(counts), strict=True)]
     return [total / sum(totals) for total in totals]
 
 

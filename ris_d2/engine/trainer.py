@@ -1,4 +1,4 @@
-"""Trainer: detectron2's DefaultTrainer with the loaders, evaluator, optimizer and step of ris_d2."""
+"""Trainer: detectron2's DefaultTrainer with loaders, evaluator, optimizer and step of ris_d2."""
 
 import contextlib
 import logging
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Trains and evaluates any ris_d2 model from its config, on one or several processes, with or without GPU.
+    """Trains and evaluates any ris_d2 model from its config, on one or several GPUs or CPUs.
 
     A resumed run repeats the straight run step by step (same number of processes): what data a step
     sees and what random numbers the model draws are functions of SEED and the iteration. SEED < 0
@@ -61,7 +61,7 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         """Return the stock hooks, StepSeed before them and BestCheckpoint after the evaluation."""
-        # DefaultTrainer's constructor has just made the stock checkpointer, and hands it to hooks from here.
+        # DefaultTrainer's constructor made the stock checkpointer; hooks get theirs from here.
         self.checkpointer = RISCheckpointer(
             self.model,
             self.cfg.OUTPUT_DIR,
@@ -109,7 +109,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Results go to ``<OUTPUT_DIR>/inference/<dataset_name>/``; a later evaluation replaces them."""
+        """Results go to ``<OUTPUT_DIR>/inference/<dataset_name>/``, replacing older ones."""
         return ReferringEvaluator(
             dataset_name,
             output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
@@ -131,8 +131,8 @@ class Trainer(DefaultTrainer):
         """Evaluate on DATASETS.TEST.
 
         Returns:
-            {"referring": metrics}; with several test sets {"<dataset>/referring": metrics, ...}, so that
-            TEST.EXPECTED_RESULTS can name each. Empty on other processes than the main one.
+            {"referring": metrics}; with several test sets {"<dataset>/referring": metrics, ...}, so
+            that TEST.EXPECTED_RESULTS can name each. Empty on other processes than the main one.
         """
         results = super().test(cfg, model, evaluators)
         if len(cfg.DATASETS.TEST) <= 1:
@@ -148,7 +148,7 @@ class Trainer(DefaultTrainer):
             return
         if not self._seed_is_free:
             logger.warning(
-                "SEED is %d, the checkpoint's is %d: the resumed run is not the run that was stopped",
+                "SEED is %d, the checkpoint's %d: the resumed run is not the one that was stopped",
                 self.cfg.SEED,
                 seed,
             )
@@ -160,7 +160,7 @@ class Trainer(DefaultTrainer):
 
 @contextlib.contextmanager
 def _ddp_without_gpu() -> Iterator[None]:
-    """Within, detectron2 can distribute a model that lies on the CPU; it names a GPU in any case."""
+    """Within, detectron2 can distribute a model on the CPU, too; by itself it names a GPU."""
     stock = defaults.create_ddp_model
 
     def create_ddp_model(model: nn.Module, **kwargs: Any) -> nn.Module:

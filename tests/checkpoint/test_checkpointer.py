@@ -21,7 +21,9 @@ class Encoder(nn.Module):
         size = len(self.positions.weight)
         if table is None or len(table) == size:
             return state_dict, []
-        return {**state_dict, "positions.weight": table.mean().expand(size, 2)}, ["positions.weight"]
+        return {**state_dict, "positions.weight": table.mean().expand(size, 2)}, [
+            "positions.weight"
+        ]
 
 
 class Model(nn.Module):
@@ -68,7 +70,10 @@ def test_init_fills_its_part_and_says_how(tmp_path, caplog):
     assert torch.equal(model.encoder.layer.weight, content["model"]["beit3.layer.weight"])
     assert torch.equal(model.decoder[0].weight, decoder)
     assert filled == {f"encoder.{name}": ("beit3", path) for name in Encoder().state_dict()}
-    assert "4 used; 1 resized (positions.weight); 2 ignored (mask_token, mlm_head.weight)" in caplog.text
+    assert (
+        "4 used; 1 resized (positions.weight); 2 ignored (mask_token, mlm_head.weight)"
+        in caplog.text
+    )
     assert "0 missing; 0 of another shape" in caplog.text
 
 

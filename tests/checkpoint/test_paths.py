@@ -49,9 +49,7 @@ def test_incomplete_hugging_face_path(path, downloads):
 
 def test_timm_path(downloads):
     local_path("timm://beit3_base_patch16_224.in22k_ft_in1k")
-    assert downloads == [
-        ("timm/beit3_base_patch16_224.in22k_ft_in1k", "model.safetensors", None)
-    ]
+    assert downloads == [("timm/beit3_base_patch16_224.in22k_ft_in1k", "model.safetensors", None)]
 
 
 @pytest.mark.parametrize("name", ["no_such_model", "vit_base_patch16_224.no_such_tag"])

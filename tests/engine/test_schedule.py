@@ -45,7 +45,12 @@ def test_poly():
 
 
 def test_warmup_ramps_to_the_schedule_without_delaying_it():
-    options = {"RIS.SCHEDULE": "poly", "RIS.POLY_POWER": 1.0, "WARMUP_ITERS": 4, "WARMUP_FACTOR": 0.2}
+    options = {
+        "RIS.SCHEDULE": "poly",
+        "RIS.POLY_POWER": 1.0,
+        "WARMUP_ITERS": 4,
+        "WARMUP_FACTOR": 0.2,
+    }
     ramp = [0.2 + (0.6 - 0.2) * t / 4 for t in range(4)]
     assert rates(**options) == pytest.approx(ramp + [1 - t / 10 for t in range(4, 10)])
     constant = rates(**options, WARMUP_METHOD="constant")
@@ -53,7 +58,8 @@ def test_warmup_ramps_to_the_schedule_without_delaying_it():
 
 
 @pytest.mark.parametrize(
-    "options, message", [({"RIS.SCHEDULE": "linear"}, "'linear'"), ({"MAX_ITER": 0}, "MAX_ITER is 0")]
+    "options, message",
+    [({"RIS.SCHEDULE": "linear"}, "'linear'"), ({"MAX_ITER": 0}, "MAX_ITER is 0")],
 )
 def test_unusable_settings(options, message):
     with pytest.raises(ValueError, match=message):

@@ -92,7 +92,7 @@ def test_resuming_with_another_seed_warns(tmp_path, caplog):
     train(tmp_path, SEED=1, SOLVER__MAX_ITER=1)
     with caplog.at_level(logging.WARNING, "ris_d2"):
         trainer, _ = train(tmp_path, resume=True, SEED=2, SOLVER__MAX_ITER=2)
-    assert "SEED is 2, the checkpoint's is 1" in caplog.text
+    assert "SEED is 2, the checkpoint's 1" in caplog.text
     assert trainer.data_loader.seed == 2
 
 
@@ -132,7 +132,9 @@ def test_nan_loss_stops_and_names_the_samples(tmp_path):
             return build_train_loader(cfg, mapper=mapper)
 
     with pytest.raises(FloatingPointError) as stopped:
-        train(tmp_path, trainer_class=Poisoned, SOLVER__IMS_PER_BATCH=2, SOLVER__RIS__ACCUMULATION=2)
+        train(
+            tmp_path, trainer_class=Poisoned, SOLVER__IMS_PER_BATCH=2, SOLVER__RIS__ACCUMULATION=2
+        )
     message = str(stopped.value)
     assert "at iteration " in message and "loss_toy nan" in message
     assert "image5.jpg (image_id 5, expression_ids [9, 10, 11])" in message
@@ -229,3 +231,22 @@ def test_log_gives_epochs_and_parameter_groups(tmp_path, caplog):
 def test_keys_without_effect_are_refused(tmp_path, key, value, ours):
     with pytest.raises(ValueError, match=ours):
         ToyTrainer(toy_cfg(tmp_path, **{key: value}))
+
+
+def test_best_metric_that_no_evaluation_gives_warns(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "ris_d2"):
+        train(tmp_path, SOLVER__MAX_ITER=1, TEST__BEST_METRIC="giou")
+    assert "TEST.BEST_METRIC giou is none of" in caplog.text
+    assert not (tmp_path / "model_best.pth").exists()
+
+
+def test_infinite_gradient_of_a_finite_loss_stops(tmp_path):
+    class Steep(ToyTrainer):
+        @classmethod
+        def build_model(cls, cfg):
+            model = super().build_model(cfg)
+            model.head.bias.register_hook(lambda gradient: gradient * math.inf)
+            return model
+
+    with pytest.raises(FloatingPointError, match="gradient is not finite at iteration 0.*jpg"):
+        train(tmp_path, trainer_class=Steep)

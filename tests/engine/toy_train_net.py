@@ -1,4 +1,4 @@
-"""train_net.py with the toy model; a script, because spawned processes import the main module anew."""
+"""train_net.py with the toy model; a script, as spawned processes import the main module anew."""
 
 import ris_toy
 import train_net

@@ -1,6 +1,7 @@
 """Published weight formats -> the names of ris_d2; one file per format.
 
-To add a format, write ``converters/<source>.py`` with a ``CONVERTER`` and name it in ``CONVERTERS``.
+To add a format, write ``converters/<source>.py`` with a ``CONVERTER`` and enter it in
+``CONVERTERS``.
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,9 @@ def get_converter(source: str) -> Converter:
         ValueError: unknown source; the known ones are listed.
     """
     if source not in CONVERTERS:
-        raise ValueError(f"unknown weight source {source!r}; known: {', '.join(sorted(CONVERTERS))}")
+        raise ValueError(
+            f"unknown weight source {source!r}; known: {', '.join(sorted(CONVERTERS))}"
+        )
     return CONVERTERS[source]
 
 
@@ -35,8 +38,8 @@ def convert_state_dict(state_dict: Mapping, source: str) -> dict[str, Tensor]:
 
     Returns:
         name -> tensor: relative to the part for backbones (as the sub-module
-        ``model.weight_parts[source]`` has them), of the whole model for released methods. Tensors are
-        not copied.
+        ``model.weight_parts[source]`` has them), of the whole model for released methods. Tensors
+        are not copied.
 
     Raises:
         ValueError: unknown source, or the state dict is not of that format.

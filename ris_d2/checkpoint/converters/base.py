@@ -15,8 +15,8 @@ class Converter:
     """One published weight format.
 
     Attributes:
-        convert: published name -> tensor to ris_d2 name -> tensor. Keys that ris_d2 has no use for are
-            left out; ValueError if the dict is not of this format.
+        convert: published name -> tensor to ris_d2 name -> tensor. Keys that ris_d2 has no use for
+            are left out; ValueError if the dict is not of this format.
         may_miss: regexes (searched) of ris_d2 names that files of this format need not fill.
     """
 
@@ -25,7 +25,7 @@ class Converter:
 
 
 def unwrap_state_dict(content: Mapping) -> StateDict:
-    """Return the tensors by name of a file's content, without wrappers and DataParallel's "module.".
+    """Return the tensors by name of a file's content, unwrapped, without "module." prefixes.
 
     Wrappers are the keys "model", "module" and "state_dict", in any nesting.
 
@@ -34,7 +34,11 @@ def unwrap_state_dict(content: Mapping) -> StateDict:
     """
     while True:
         wrapper = next(
-            (key for key in ("model", "module", "state_dict") if isinstance(content.get(key), Mapping)),
+            (
+                key
+                for key in ("model", "module", "state_dict")
+                if isinstance(content.get(key), Mapping)
+            ),
             None,
         )
         if wrapper is None:

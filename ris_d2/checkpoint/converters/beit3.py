@@ -1,6 +1,6 @@
-"""BEiT-3, as released in microsoft/unilm (``beit3_{base,large}_*.pth``; the ``.zip`` that DeRIS and C3VG
-name is the same file).
+"""BEiT-3, as released in microsoft/unilm (``beit3_{base,large}_*.pth``).
 
+The ``.zip`` that DeRIS and C3VG name is the same file.
 Everything of the encoder lies under ``beit3.``; the rest are heads of pre-training and fine-tuning
 (``mlm_head.*``, the masked-image head, ...), which segmentation has no use for. Our backbone keeps
 torchscale's names, so that conversion only strips the prefix.
