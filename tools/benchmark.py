@@ -34,7 +34,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, BoxMode, Instances
 from tabulate import tabulate
 
-from ris_d2 import get_ris_cfg
+from ris_d2 import load_config
 from ris_d2.data.mapper import ReferringMapper
 from ris_d2.data.refshapes import write_tokenizer
 from ris_d2.evaluation import ReferringEvaluator
@@ -138,13 +138,15 @@ def measure_evaluator(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float
     before = _peak_memory_mb()
     images = math.ceil(args.expressions / EXPRESSIONS)
     seconds = process(warm_up, images)
+    processed = _peak_memory_mb()
     begin = time.perf_counter()
     evaluator.evaluate()
     return {
         "expressions": images * EXPRESSIONS,
         "expressions_per_s": images * EXPRESSIONS / seconds,
         "evaluate_s": time.perf_counter() - begin,
-        "memory_growth_mb": _peak_memory_mb() - before,
+        "memory_growth_process_mb": processed - before,
+        "memory_growth_evaluate_mb": _peak_memory_mb() - processed,
         "peak_memory_mb": _peak_memory_mb(),
     }
 
@@ -164,7 +166,7 @@ def run_part(part: str, args: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
     torch.manual_seed(0)
-    cfg = _load_cfg(args)
+    cfg = load_config(args.config_file, args.opts)
     baseline = _peak_memory_mb(torch.device(cfg.MODEL.DEVICE) if part not in ONE_THREAD else None)
     return {"threads": threads, **PARTS[part](cfg, args), "baseline_memory_mb": baseline}
 
@@ -172,7 +174,7 @@ def run_part(part: str, args: argparse.Namespace) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> dict:
     """Parse ``arguments`` (default: the command line), measure, print and return the figures."""
     args = _parse(arguments)
-    cfg = _load_cfg(args)
+    cfg = load_config(args.config_file, args.opts)
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     processor = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     report = {
@@ -193,13 +195,6 @@ def main(arguments: list[str] | None = None) -> dict:
         rows = [(p, name, v) for p, f in report["parts"].items() for name, v in f.items()]
         print(tabulate(rows, headers=("part", "measure", "value"), floatfmt=".1f"))
     return report
-
-
-def _load_cfg(args: argparse.Namespace) -> CfgNode:
-    cfg = get_ris_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    return cfg
 
 
 def _median_seconds(

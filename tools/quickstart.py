@@ -34,7 +34,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ris_d2 import get_ris_cfg
+from ris_d2 import load_config
 from ris_d2.data import refshapes
 from ris_d2.data.loader import build_test_loader
 from ris_d2.evaluation import ReferringEvaluator
@@ -123,9 +123,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 def _load_cfg(args: argparse.Namespace) -> CfgNode:
-    cfg = get_ris_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    cfg = load_config(args.config_file, args.opts)
     cfg.OUTPUT_DIR = os.path.join(args.output, "train")
     return cfg
 
@@ -164,6 +162,8 @@ def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
         )
         try:
             _follow(process, cfg)
+        except KeyboardInterrupt:
+            sys.exit("\nstopped; run it again to go on from the last checkpoint")
         finally:
             if process.poll() is None:
                 process.terminate()
