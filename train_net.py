@@ -21,30 +21,11 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ris_d2 import get_ris_cfg
+from ris_d2 import load_config
 from ris_d2.checkpoint import RISCheckpointer
 from ris_d2.engine import Trainer
 
 logger = logging.getLogger("ris_d2.train_net")
-
-
-def load_config(config_file: str, options: list[str]) -> CfgNode:
-    """Defaults, then the file (with its _BASE_), then KEY VALUE options.
-
-    Raises:
-        ValueError: an unknown key or a value of the wrong type; names the file.
-    """
-    cfg = get_ris_cfg()
-    origin = f"{config_file} (or a file named by its _BASE_)"
-    try:
-        if config_file:
-            cfg.merge_from_file(config_file)
-        origin = "command line"
-        cfg.merge_from_list(options)
-    except (KeyError, ValueError, AssertionError) as error:
-        raise ValueError(f"{origin}: {error}") from error
-    cfg.freeze()
-    return cfg
 
 
 def check_datasets(cfg: CfgNode) -> None:
@@ -76,6 +57,7 @@ def warn_of_smaller_batch(recipe: CfgNode, cfg: CfgNode) -> None:
 def main(args: argparse.Namespace) -> dict | None:
     """Run one process. Returns what --eval-only measured, see Trainer.test; None after training."""
     cfg = load_config(args.config_file, args.opts)
+    cfg.freeze()
     check_datasets(cfg)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ris_d2")

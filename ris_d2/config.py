@@ -1,5 +1,7 @@
 """Every configuration key of ris_d2, once: default, meaning, and the paper's symbol where there is one."""
 
+from collections.abc import Sequence
+
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
@@ -12,6 +14,24 @@ def get_ris_cfg() -> CN:
     add_ris_config(cfg)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    return cfg
+
+
+def load_config(config_file: str, options: Sequence[str] = ()) -> CN:
+    """Defaults, then the yaml file (with its _BASE_), then KEY VALUE options.
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type; names the file.
+    """
+    cfg = get_ris_cfg()
+    origin = f"{config_file} (or a file named by its _BASE_)"
+    try:
+        if config_file:
+            cfg.merge_from_file(config_file)
+        origin = "command line"
+        cfg.merge_from_list(list(options))
+    except (KeyError, ValueError, AssertionError) as error:
+        raise ValueError(f"{origin}: {error}") from error
     return cfg
 
 

@@ -26,9 +26,7 @@ class Predictor:
     encoded once for all sentences of a call.
 
     Example:
-        cfg = get_ris_cfg()
-        cfg.merge_from_file("configs/shared_ris_beit3_b.yaml")
-        cfg.MODEL.WEIGHTS = "model_best.pth"
+        cfg = load_config("configs/shared_ris_beit3_b.yaml", ["MODEL.WEIGHTS", "model_best.pth"])
         results = Predictor(cfg)("street.jpg", ["the left man", "the red cars"])
 
     Attributes:

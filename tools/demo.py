@@ -18,7 +18,7 @@ import time
 
 from tabulate import tabulate
 
-from ris_d2 import get_ris_cfg
+from ris_d2 import load_config
 from ris_d2.io import atomic_write
 from ris_d2.masks import encode
 from ris_d2.predictor import Predictor, load_rgb
@@ -28,10 +28,7 @@ from ris_d2.visualization import overlay, write_png
 def main(arguments: list[str] | None = None) -> None:
     """Parse ``arguments`` (default: the command line), predict, write the files, print a table."""
     args = _parse(arguments)
-    cfg = get_ris_cfg()
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    predictor = Predictor(cfg)
+    predictor = Predictor(load_config(args.config_file, args.opts))
     image = load_rgb(args.image)
     start = time.perf_counter()
     results = predictor(image, args.text)
