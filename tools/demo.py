@@ -28,7 +28,8 @@ from ris_d2.visualization import overlay, write_png
 def main(arguments: list[str] | None = None) -> None:
     """Parse ``arguments`` (default: the command line), predict, write the files, print a table."""
     args = _parse(arguments)
-    predictor = Predictor(load_config(args.config_file, args.opts))
+    cfg = load_config(args.config_file, args.opts)
+    predictor = Predictor(cfg)
     image = load_rgb(args.image)
     start = time.perf_counter()
     results = predictor(image, args.text)
