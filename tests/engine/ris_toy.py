@@ -133,7 +133,7 @@ def toy_cfg(output_dir, **options):
     cfg = get_ris_cfg()
     cfg.TOY_DROPOUT, cfg.TOY_FREEZE = 0.3, False
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "RISToy", "cpu", ""
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("ris_toy_train",), ("ris_toy_val",)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("toy_ris_train",), ("toy_ris_val",)
     cfg.INPUT.RIS.UNIT, cfg.DATALOADER.NUM_WORKERS = "image", 0
     cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH = 0.01, 4
     cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 3, 8, (6,)
@@ -143,6 +143,6 @@ def toy_cfg(output_dir, **options):
     return cfg
 
 
-for _name in ("ris_toy_train", "ris_toy_val", "ris_toy_test"):
+for _name in ("toy_ris_train", "toy_ris_val", "toy_ris_test"):
     if _name not in DatasetCatalog:
         DatasetCatalog.register(_name, records)

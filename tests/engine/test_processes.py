@@ -29,7 +29,7 @@ def run_script(output_dir, *arguments, launcher=()):
         start_new_session=True,  # a group of its own, so that no worker outlives a failing test
     )
     try:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=300)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -60,7 +60,7 @@ def two(tmp_path_factory):
 
 
 def results(output_dir):
-    return (output_dir / "inference" / "ris_toy_val" / "results.json").read_text()
+    return (output_dir / "inference" / "toy_ris_val" / "results.json").read_text()
 
 
 def test_two_processes_train_as_one(one, two):
@@ -78,7 +78,7 @@ def test_two_processes_evaluate_as_one(one, two):
 
 def test_torchrun_evaluates_a_checkpoint_as_training_did(two):
     before = results(two)
-    (two / "inference" / "ris_toy_val" / "results.json").unlink()
+    (two / "inference" / "toy_ris_val" / "results.json").unlink()
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     output = run_script(two, "--eval-only", "--resume", launcher=launcher)
     assert results(two) == before

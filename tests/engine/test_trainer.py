@@ -157,11 +157,11 @@ def test_gradient_is_clipped_as_a_whole(tmp_path):
 
 
 def test_evaluates_each_test_set_and_writes_it_apart(tmp_path):
-    trainer, _ = train(tmp_path, SOLVER__MAX_ITER=1, DATASETS__TEST=("ris_toy_val", "ris_toy_test"))
+    trainer, _ = train(tmp_path, SOLVER__MAX_ITER=1, DATASETS__TEST=("toy_ris_val", "toy_ris_test"))
     results = trainer._last_eval_results
-    assert set(results) == {"ris_toy_val/referring", "ris_toy_test/referring"}
-    assert 0 <= results["ris_toy_val/referring"]["gIoU"] <= 100
-    for name in ("ris_toy_val", "ris_toy_test"):
+    assert set(results) == {"toy_ris_val/referring", "toy_ris_test/referring"}
+    assert 0 <= results["toy_ris_val/referring"]["gIoU"] <= 100
+    for name in ("toy_ris_val", "toy_ris_test"):
         assert (tmp_path / "inference" / name / "results.json").is_file()
 
 
