@@ -154,6 +154,8 @@ def _add_beit3_keys(cfg: CN) -> None:
     # patch: the published linear patch embedding; conv: stride-2 3x3 convolutions (ours, for training
     # from scratch on small data).
     cfg.MODEL.RIS.BEIT3.STEM = "patch"
+    # Random weights: released (trunc_normal 0.02, replaced by pretrained weights) | scratch (Xavier; ours).
+    cfg.MODEL.RIS.BEIT3.INIT = "released"
     cfg.MODEL.RIS.BEIT3.VOCAB_SIZE = 64010
     cfg.MODEL.RIS.BEIT3.DROP_PATH = 0.1
     cfg.MODEL.RIS.BEIT3.CHECKPOINTING = False  # recompute layers in backward: less memory, more time

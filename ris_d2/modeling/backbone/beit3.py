@@ -179,6 +179,7 @@ class RISBEiT3(Backbone):
         image_size: tuple[int, int],
         patch_size: int = 16,
         stem: str = "patch",
+        init: str = "released",
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
@@ -192,13 +193,14 @@ class RISBEiT3(Backbone):
         """
         Args:
             image_size: (H, W), multiples of ``patch_size``; fixes the vision position table.
+            init: of random weights: "released", or "scratch" where no pretrained ones follow.
             drop_path: probability in the last layer; it grows linearly from 0 in the first.
             final_norm: build ``encoder.layer_norm``. Methods that read the residual stream leave it out,
                 since it would never receive a gradient.
             checkpointing: recompute layers in the backward pass.
 
         Raises:
-            ValueError: if the image size is not a multiple of the patch size.
+            ValueError: if the image size is not a multiple of the patch size, or for an unknown stem or init.
         """
         super().__init__()
         if image_size[0] % patch_size or image_size[1] % patch_size:
@@ -219,7 +221,9 @@ class RISBEiT3(Backbone):
             drop_path=drop_path,
             final_norm=final_norm,
         )
-        self.apply(_init_weights)
+        if init not in _INITS:
+            raise ValueError(f"MODEL.RIS.BEIT3.INIT is {init!r}, not one of {sorted(_INITS)}")
+        self.apply(_INITS[init])
         nn.init.trunc_normal_(self.vision_embed.cls_token, std=0.02)
 
     @classmethod
@@ -229,6 +233,7 @@ class RISBEiT3(Backbone):
             "image_size": cfg.INPUT.RIS.SIZE,
             "patch_size": beit3.PATCH_SIZE,
             "stem": beit3.STEM,
+            "init": beit3.INIT,
             "embed_dim": beit3.EMBED_DIM,
             "depth": beit3.DEPTH,
             "num_heads": beit3.NUM_HEADS,
@@ -314,9 +319,21 @@ class RISBEiT3(Backbone):
         return {**state_dict, name: rows.to(table.dtype)}, [name]
 
 
-def _init_weights(module: nn.Module) -> None:
+def _init_released(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):  # cut at one standard deviation, as released
         nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=0.02)
+
+
+def _init_scratch(module: nn.Module) -> None:
+    """Wider, so that words keep apart and attention is not uniform before anything is learned."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.5)
+
+
+_INITS = {"released": _init_released, "scratch": _init_scratch}

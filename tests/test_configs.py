@@ -1,0 +1,103 @@
+"""Every yaml in configs/ and every key of ris_d2/config.py."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from ris_d2 import get_ris_cfg, load_config
+from ris_d2.data import refshapes
+from ris_d2.data.catalog import register_all
+from ris_d2.engine import Trainer
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+LEAVES = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if "Base" not in p.name)
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_leaf_loads_builds_and_names_known_datasets(leaf):
+    from detectron2.data import DatasetCatalog
+
+    cfg = load_config(str(CONFIGS / leaf))
+    with torch.device("meta"):
+        META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        assert name in DatasetCatalog
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_leaf_says_where_it_comes_from_and_is_short(leaf):
+    lines = (CONFIGS / leaf).read_text().splitlines()
+    assert lines[0].startswith("# ") and len(lines) <= 40
+    assert not any(len(line) > 110 for line in lines)
+
+
+ARITHMETIC = re.compile(r"([\d,]+) (?:epochs )?x ([\d,]+) \w+ / ([\d,]+).*?= ([\d,]+) iterations", re.S)
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_schedule_arithmetic_of_a_leaf_is_true(leaf):
+    """Epochs x units / batch = iterations, as the comment says and the keys do."""
+    text = re.sub(r"\n# ", " ", (CONFIGS / leaf).read_text())
+    for match in ARITHMETIC.finditer(text):
+        epochs, units, batch, iterations = (int(g.replace(",", "")) for g in match.groups())
+        cfg = load_config(str(CONFIGS / leaf))
+        assert math.ceil(epochs * units / batch) == iterations == cfg.SOLVER.MAX_ITER
+        assert batch == cfg.SOLVER.IMS_PER_BATCH
+
+
+def test_published_leaves_state_their_arithmetic():
+    stated = [leaf for leaf in LEAVES if ARITHMETIC.search((CONFIGS / leaf).read_text().replace("\n# ", " "))]
+    published = [leaf for leaf in LEAVES if "/" not in leaf and not leaf.endswith("_l.yaml")]
+    assert set(published) <= set(stated)
+
+
+class Recorder(CfgNode):
+    """A config that remembers which of its leaves were read."""
+
+    seen: set[str] = set()
+
+    @classmethod
+    def of(cls, cfg, path=()):
+        node = cls(new_allowed=True)
+        for key, value in cfg.items():
+            node[key] = cls.of(value, (*path, key)) if isinstance(value, CfgNode) else value
+        node.__dict__["path"] = path
+        return node
+
+    def __getattr__(self, name):
+        value = super().__getattr__(name)
+        if name in self:
+            Recorder.seen.add(".".join((*self.__dict__.get("path", ()), name)))
+        return value
+
+
+def leaves(cfg, path=()):
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode) and value:
+            yield from leaves(value, (*path, key))
+        else:
+            yield ".".join((*path, key)), value
+
+
+def test_every_key_is_read(tmp_path, monkeypatch):
+    """Build everything that a training and an evaluation build, and see which keys were asked for."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    register_all()
+    refshapes.write(str(tmp_path / "refshapes"), {"train": 2, "val": 1}, refshapes.Options())
+    stock = dict(leaves(get_cfg()))
+    ours = {key for key, value in leaves(get_ris_cfg()) if key not in stock or stock[key] != value}
+    # detectron2's own keys: set to what referring needs, read by detectron2 or by users' loaders.
+    ours -= {"MODEL.DEVICE", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "INPUT.FORMAT"}
+    Recorder.seen = set()
+    for schedule in ("cosine", "poly"):
+        cfg = load_config(str(CONFIGS / "instant_test" / "shared_ris.yaml"))
+        cfg.SOLVER.RIS.SCHEDULE, cfg.OUTPUT_DIR = schedule, str(tmp_path / schedule)
+        cfg.DATALOADER.NUM_WORKERS = 0
+        trainer = Trainer(Recorder.of(cfg))
+    Trainer.build_evaluator(trainer.cfg, "ris_grefshapes_val")
+    assert ours - Recorder.seen == set()
