@@ -13,7 +13,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["ris_d2", "ris_d2.*"]),
     install_requires=[
-        "torch>=2.0",
+        "torch>=2.5",
         "numpy",
         "Pillow",
         "pycocotools>=2.0.2",

@@ -328,12 +328,12 @@ def _init_released(module: nn.Module) -> None:
 
 
 def _init_scratch(module: nn.Module) -> None:
-    """Wider, so that words keep apart and attention is not uniform before anything is learned."""
+    """Wider, so that attention is not uniform, and words do not drown in it, before anything is learned."""
+    _init_released(module)
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=0.5)
+    elif isinstance(module, RISBEiT3):
+        nn.init.normal_(module.text_embed.weight, std=0.5)
 
 
 _INITS = {"released": _init_released, "scratch": _init_scratch}

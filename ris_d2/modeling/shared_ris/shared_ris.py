@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backbone import RISBEiT3
 from ..losses import mask_bce, mask_dice
@@ -50,6 +50,8 @@ class SharedRIS(ReferringSegmenter):
         self.bce_weight = bce_weight
         self.dice_weight = dice_weight
         self.loss_at_input_size = loss_at_input_size
+        for part in (fpn, decoder):  # the paper is silent; as transformers are usually initialised
+            part.apply(_init_xavier)
         self.freeze_parts()
 
     @classmethod
@@ -125,3 +127,9 @@ class SharedRIS(ReferringSegmenter):
             "loss_bce": self.bce_weight * mask_bce(logits, masks),
             "loss_dice": self.dice_weight * mask_dice(logits, masks),
         }
+
+
+def _init_xavier(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,89 @@
+"""README's commands: all of them name what exists; those on RefShapes are run as they stand."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ris_d2 import load_config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.S | re.M)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in BLOCKS
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+PYTHON = [command for command in COMMANDS if command[0] in ("python", "torchrun")]
+
+
+@pytest.mark.parametrize("command", PYTHON, ids=" ".join)
+def test_scripts_configs_and_keys_exist(command):
+    script = next(word for word in command if word.endswith(".py"))
+    assert (ROOT / script).is_file()
+    if "--config-file" in command:
+        at = command.index("--config-file") + 1
+        options = [word for word in command[at + 1 :]]
+        first_key = next((i for i, word in enumerate(options) if re.match(r"[A-Z]+\.", word)), None)
+        load_config(str(ROOT / command[at]), options[first_key:] if first_key is not None else [])
+
+
+def test_files_that_it_links_to_exist():
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def find(*words):
+    """The one command that has all these words."""
+    (command,) = [c for c in PYTHON if all(any(w in part for part in c) for w in words)]
+    return command
+
+
+def run(command, tmp_path, *more):
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, *command[1:], *more],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+def test_a_reader_gets_from_data_to_masks(tmp_path):
+    """RefShapes by hand, training on two CPU processes, evaluation, the demo, scoring of a file."""
+    place = {"datasets/refshapes": str(tmp_path / "refshapes"), "sheet.png": str(tmp_path / "s.png")}
+    make = [place.get(word, word) for word in find("make_refshapes.py")]
+    run(make, tmp_path, "--train-images", "16", "--val-images", "4")
+    assert (tmp_path / "s.png").is_file()
+
+    output = tmp_path / "output"
+    trained = ["SOLVER.MAX_ITER", "4", "TEST.SAVE_PREDICTIONS", "True", "OUTPUT_DIR", str(output)]
+    assert "gIoU" in run(find("instant_test", "--num-gpus"), tmp_path, *trained)
+    results = output / "inference" / "ris_grefshapes_val"
+    assert (output / "model_final.pth").is_file()
+
+    place = {"predictions.jsonl": str(results / "predictions.jsonl")}
+    score = [place.get(word, word) for word in find("score_predictions.py")]
+    run(score, tmp_path, "--output", str(tmp_path / "scored"))
+    scored, direct = (f / "results.json" for f in (tmp_path / "scored", results))
+    assert scored.read_text() == direct.read_text()
+
+    image = next((tmp_path / "refshapes" / "images" / "train2014").iterdir())
+    place = {
+        "scene.jpg": str(image),
+        "output/demo": str(tmp_path / "demo"),
+        "configs/refshapes/shared_ris_tiny.yaml": "configs/instant_test/shared_ris.yaml",
+        "output/quickstart/train/model_final.pth": str(output / "model_final.pth"),
+    }
+    out = run([place.get(word, word) for word in find("demo.py")], tmp_path)
+    assert "the green triangle" in out and (tmp_path / "demo" / "results.json").is_file()
