@@ -13,7 +13,7 @@ INSTALLED = $(VENV)/.ris_d2-installed
 .PHONY: quickstart test
 
 quickstart: $(INSTALLED)
-	$(BIN)/python tools/quickstart.py
+	@$(BIN)/python -W ignore::FutureWarning tools/quickstart.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q

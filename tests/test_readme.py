@@ -13,7 +13,8 @@ from ris_d2 import load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.S | re.M)
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
+BLOCKS = [text for language, text in FENCED if not language]  # shell commands
 COMMANDS = [
     shlex.split(line, comments=True)
     for block in BLOCKS
@@ -29,7 +30,7 @@ def test_scripts_configs_and_keys_exist(command):
     assert (ROOT / script).is_file()
     if "--config-file" in command:
         at = command.index("--config-file") + 1
-        options = [word for word in command[at + 1 :]]
+        options = command[at + 1 :]
         first_key = next((i for i, word in enumerate(options) if re.match(r"[A-Z]+\.", word)), None)
         load_config(str(ROOT / command[at]), options[first_key:] if first_key is not None else [])
 
