@@ -4,7 +4,8 @@ from setuptools import find_packages, setup
 # says how to get them where they are absent:
 # - detectron2 is not on PyPI under its own name, and an install from its sources, conda-forge or
 #   tools/install_detectron2.py must all do.
-# - OpenCV is one module from several distributions (opencv-python, -headless, ...). To name one would
+# - OpenCV is one module from several distributions (opencv-python, -headless, ...). To name one
+# would
 #   put a second copy of cv2 beside the other, and opencv-python does not even import without libGL.
 setup(
     name="ris_d2",

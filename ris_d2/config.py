@@ -48,8 +48,8 @@ def add_ris_config(cfg: CN) -> None:
 def _add_data_keys(cfg: CN) -> None:
     # detectron2's default True would drop every expression without a target from training.
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
-    # Mixed training sets drop every image that a val/test split of any member uses. False reproduces
-    # sets that were published without dropping.
+    # Mixed training sets drop every image that a val/test split of any member uses. False
+    # reproduces sets that were published without dropping.
     cfg.DATASETS.DROP_EVAL_IMAGES = True
 
     cfg.INPUT.FORMAT = "RGB"  # all methods read RGB; MODEL.PIXEL_MEAN/STD are RGB in 0..255
@@ -57,15 +57,16 @@ def _add_data_keys(cfg: CN) -> None:
     cfg.INPUT.MAX_EXPRESSIONS = 8
 
     cfg.INPUT.RIS = CN()
-    # What one training draw is: "sentence" (each expression), "referent" (each ref_id with one random
-    # sentence), "image" (each image with up to INPUT.MAX_EXPRESSIONS random sentences).
+    # What one training draw is: "sentence" (each expression), "referent" (each ref_id with one
+    # random sentence), "image" (each image with up to INPUT.MAX_EXPRESSIONS random sentences).
     cfg.INPUT.RIS.UNIT = "referent"
     cfg.INPUT.RIS.SIZE = (480, 480)  # (height, width) of the model's input
-    # How the image meets SIZE: "squash" (aspect not kept), "letterbox" (aspect kept, centred, padded with
-    # LETTERBOX_COLOR before normalisation), "longest_side" (aspect kept, longest side = max(SIZE); the
-    # segmenter pads right and bottom with zeros after normalisation).
+    # How the image meets SIZE: "squash" (aspect not kept), "letterbox" (aspect kept, centred,
+    # padded with LETTERBOX_COLOR before normalisation), "longest_side" (aspect kept, longest side =
+    # max(SIZE); the segmenter pads right and bottom with zeros after normalisation).
     cfg.INPUT.RIS.GEOMETRY = "squash"
-    cfg.INPUT.RIS.INTERPOLATION = "bilinear"  # bilinear | bicubic | area (shrinking only; else bilinear)
+    # bilinear | bicubic | area (shrinking only; else bilinear)
+    cfg.INPUT.RIS.INTERPOLATION = "bilinear"
     cfg.INPUT.RIS.LETTERBOX_COLOR = (123.7, 116.3, 103.5)  # RGB
     # Further resizings of the same original image, [[name, height, width], ...].
     cfg.INPUT.RIS.VIEWS = []
@@ -79,12 +80,14 @@ def _add_data_keys(cfg: CN) -> None:
     cfg.INPUT.RIS.AFFINE.SCALE = 0.1  # U(1-s, 1+s)
     cfg.INPUT.RIS.AFFINE.TRANSLATION = 0.1  # of the input size, U(-t, t) per axis
     cfg.INPUT.RIS.AFFINE.SHEAR = 2.0  # degrees, U(-s, s) per axis
-    # Text. KIND: beit3 (.spm file or directory with tokenizer.json), bert, clip, or hf (any Hugging Face
-    # fast tokenizer). PATH: a file, a directory (also relative to $DETECTRON2_DATASETS) or a hub name.
+    # Text. KIND: beit3 (.spm file or directory with tokenizer.json), bert, clip, or hf (any Hugging
+    # Face fast tokenizer). PATH: a file, a directory (also relative to $DETECTRON2_DATASETS) or a
+    # hub name.
     cfg.INPUT.RIS.TOKENIZER = CN()
     cfg.INPUT.RIS.TOKENIZER.KIND = "beit3"
     cfg.INPUT.RIS.TOKENIZER.PATH = ""
-    # Lower-case, delete . , ' ! ? " ( ) * # : ; and turn - and / into spaces, as BEiT-3 based methods do.
+    # Lower-case, delete . , ' ! ? " ( ) * # : ; and turn - and / into spaces, as BEiT-3 based
+    # methods do.
     cfg.INPUT.RIS.TOKENIZER.CLEAN = True
     cfg.INPUT.RIS.MAX_TOKENS = 20  # L, special tokens included; longer sentences are cut
 
@@ -93,22 +96,26 @@ def _add_model_keys(cfg: CN) -> None:
     # Pretrained parts, [[source, path], ...]; source: beit3; path: file, hf://, timm://, https://.
     # MODEL.WEIGHTS, if given, is loaded over them.
     cfg.MODEL.INIT = []
-    # False leaves frozen parts out of checkpoints; the file then names MODEL.INIT's sources and hashes.
+    # False leaves frozen parts out of checkpoints; the file then names MODEL.INIT's sources and
+    # hashes.
     cfg.MODEL.SAVE_FROZEN = True
 
     cfg.MODEL.RIS = CN()
-    cfg.MODEL.RIS.PRECISION = "fp32"  # fp32 | bf16 | fp16 (GPU only): autocast around the whole forward
-    # Parts without gradient, {part: eval | train}: the mode says whether dropout, DropPath and BatchNorm
-    # behave as in evaluation or as in training.
+    # fp32 | bf16 | fp16 (GPU only): autocast around the whole forward
+    cfg.MODEL.RIS.PRECISION = "fp32"
+    # Parts without gradient, {part: eval | train}: the mode says whether dropout, DropPath and
+    # BatchNorm behave as in evaluation or as in training.
     cfg.MODEL.RIS.FREEZE = CN(new_allowed=True)
-    # Who says "nothing": none (published RIS: nobody), area (fewer than TEST.NO_TARGET_MIN_AREA foreground
-    # pixels), head (the method's own decision, or our small existence head where it has none).
+    # Who says "nothing": none (published RIS: nobody), area (fewer than TEST.NO_TARGET_MIN_AREA
+    # foreground pixels), head (the method's own decision, or our small existence head where it has
+    # none).
     cfg.MODEL.RIS.NO_TARGET = "none"
     cfg.MODEL.RIS.EXISTENCE_WEIGHT = 1.0  # loss weight of the existence head (NO_TARGET "head")
     cfg.MODEL.RIS.EXISTENCE_THRESHOLD = 0.5  # below this existence probability: no target
     cfg.MODEL.RIS.MASK_THRESHOLD = 0.5  # a pixel is foreground if its probability exceeds this
-    # Order from logits to the mask at output size. SIGMOID_FIRST: resize probabilities instead of logits.
-    # THRESHOLD_FIRST: binarise at the model's resolution and resize the binary mask (nearest).
+    # Order from logits to the mask at output size. SIGMOID_FIRST: resize probabilities instead of
+    # logits. THRESHOLD_FIRST: binarise at the model's resolution and resize the binary mask
+    # (nearest).
     cfg.MODEL.RIS.SIGMOID_FIRST = True
     cfg.MODEL.RIS.THRESHOLD_FIRST = False
 
@@ -121,7 +128,8 @@ def _add_solver_keys(cfg: CN) -> None:
     cfg.SOLVER.RIS.BETAS = (0.9, 0.999)
     cfg.SOLVER.RIS.EPS = 1e-8
     cfg.SOLVER.RIS.AMSGRAD = False
-    # [[regex, lr_factor], ...]: the first regex found in a parameter's name scales its learning rate.
+    # [[regex, lr_factor], ...]: the first regex found in a parameter's name scales its learning
+    # rate.
     cfg.SOLVER.RIS.LR_FACTORS = []
     # Regexes of parameters without weight decay, beside norms (SOLVER.WEIGHT_DECAY_NORM), biases
     # (SOLVER.WEIGHT_DECAY_BIAS) and whatever else has one dimension.
@@ -151,14 +159,16 @@ def _add_beit3_keys(cfg: CN) -> None:
     cfg.MODEL.RIS.BEIT3.NUM_HEADS = 12
     cfg.MODEL.RIS.BEIT3.MLP_RATIO = 4
     cfg.MODEL.RIS.BEIT3.PATCH_SIZE = 16  # p
-    # patch: the published linear patch embedding; conv: stride-2 3x3 convolutions (ours, for training
-    # from scratch on small data).
+    # patch: the published linear patch embedding; conv: stride-2 3x3 convolutions (ours, for
+    # training from scratch on small data).
     cfg.MODEL.RIS.BEIT3.STEM = "patch"
-    # Random weights: released (trunc_normal 0.02, replaced by pretrained weights) | scratch (Xavier; ours).
+    # Random weights: released (trunc_normal 0.02, replaced by pretrained weights) | scratch
+    # (Xavier; ours).
     cfg.MODEL.RIS.BEIT3.INIT = "released"
     cfg.MODEL.RIS.BEIT3.VOCAB_SIZE = 64010
     cfg.MODEL.RIS.BEIT3.DROP_PATH = 0.1
-    cfg.MODEL.RIS.BEIT3.CHECKPOINTING = False  # recompute layers in backward: less memory, more time
+    # Recompute layers in the backward pass: less memory, more time.
+    cfg.MODEL.RIS.BEIT3.CHECKPOINTING = False
 
 
 def _add_shared_ris_keys(cfg: CN) -> None:
@@ -168,8 +178,8 @@ def _add_shared_ris_keys(cfg: CN) -> None:
     cfg.MODEL.SHARED_RIS.NUM_HEADS = 8
     # Shared FPN: encoder layers j that it taps (1-based; Table VII a). [] = no FPN: z = W h_L.
     cfg.MODEL.SHARED_RIS.STAGES = (3, 6, 9, 12)
-    # W_j of Eq. 6 for visual and textual tokens apart: only this reading gives the paper's parameter
-    # counts. False = one W_j, Eq. 6 to the letter.
+    # W_j of Eq. 6 for visual and textual tokens apart: only this reading gives the paper's
+    # parameter counts. False = one W_j, Eq. 6 to the letter.
     cfg.MODEL.SHARED_RIS.PROJ_PER_MODALITY = True
     cfg.MODEL.SHARED_RIS.FPN_FUSION = "self"  # self | cross | bi (Table VII b)
     cfg.MODEL.SHARED_RIS.DECODER_LAYERS = 1  # Table VIII a; 0 = decoder off (Table III)
@@ -177,5 +187,6 @@ def _add_shared_ris_keys(cfg: CN) -> None:
     cfg.MODEL.SHARED_RIS.NORM = "BN"  # of the mask head: BN | SyncBN | nnSyncBN | GN | ...
     cfg.MODEL.SHARED_RIS.BCE_WEIGHT = 2.0
     cfg.MODEL.SHARED_RIS.DICE_WEIGHT = 0.5
-    # Where the loss is taken: mask (the prediction's 1/4 size, ground truth nearest-resized) | input.
+    # Where the loss is taken: mask (the prediction's 1/4 size, ground truth nearest-resized) |
+    # input.
     cfg.MODEL.SHARED_RIS.LOSS_RESOLUTION = "mask"

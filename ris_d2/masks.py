@@ -27,7 +27,9 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     if isinstance(segmentation, dict):
         return _decode(segmentation, height, width)
     if not isinstance(segmentation, list) or not segmentation:
-        raise ValueError(f"a segmentation is a list of polygons or an RLE dict, not {segmentation!r}")
+        raise ValueError(
+            f"a segmentation is a list of polygons or an RLE dict, not {segmentation!r}"
+        )
     for polygon in segmentation:
         _check_polygon(polygon)
     parts = coco_mask.frPyObjects(segmentation, height, width)
@@ -101,7 +103,8 @@ def resize_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     if mask.shape == (height, width):
         return mask
     if not mask.flags.c_contiguous and mask.flags.f_contiguous:
-        # pycocotools gives column-major bitmaps; resizing the transpose saves copying the large one.
+        # pycocotools gives column-major bitmaps; resizing the transpose saves copying the large
+        # one.
         return resize_nearest(mask.T, width, height).T
     resized = cv2.resize(mask.view(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
     return resized.view(mask.dtype)

@@ -87,7 +87,9 @@ def attention_map(image: np.ndarray, weights: np.ndarray, *, alpha: float = 0.75
     span = float(weights.max() - weights.min())
     heat = (weights - weights.min()) / span if span > 0 else np.zeros_like(weights)
     heat = np.clip(cv2.resize(heat, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)
-    colors = cv2.applyColorMap(np.rint(heat * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
+    colors = cv2.applyColorMap(np.rint(heat * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)[
+        ..., ::-1
+    ]
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     opacity = (alpha * np.sqrt(heat))[..., None]  # the root keeps middling weights visible
     return np.rint((1 - opacity) * grey + opacity * colors).astype(np.uint8)
@@ -290,7 +292,9 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 def _check_image(image: np.ndarray) -> None:
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3:
         kind = (
-            f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            f"{image.dtype} {image.shape}"
+            if isinstance(image, np.ndarray)
+            else type(image).__name__
         )
         raise ValueError(f"image must be an RGB uint8 numpy array of shape (H,W,3), got {kind}")
     if image.shape[2] != 3 or image.size == 0:

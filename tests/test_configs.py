@@ -15,7 +15,9 @@ from ris_d2.data.catalog import register_all
 from ris_d2.engine import Trainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-LEAVES = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if "Base" not in p.name)
+LEAVES = sorted(
+    str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if "Base" not in p.name
+)
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -36,7 +38,9 @@ def test_leaf_says_where_it_comes_from_and_is_short(leaf):
     assert not any(len(line) > 110 for line in lines)
 
 
-ARITHMETIC = re.compile(r"([\d,]+) (?:epochs )?x ([\d,]+) \w+ / ([\d,]+).*?= ([\d,]+) iterations", re.S)
+ARITHMETIC = re.compile(
+    r"([\d,]+) (?:epochs )?x ([\d,]+) \w+ / ([\d,]+).*?= ([\d,]+) iterations", re.S
+)
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -51,7 +55,11 @@ def test_schedule_arithmetic_of_a_leaf_is_true(leaf):
 
 
 def test_published_leaves_state_their_arithmetic():
-    stated = [leaf for leaf in LEAVES if ARITHMETIC.search((CONFIGS / leaf).read_text().replace("\n# ", " "))]
+    stated = [
+        leaf
+        for leaf in LEAVES
+        if ARITHMETIC.search((CONFIGS / leaf).read_text().replace("\n# ", " "))
+    ]
     published = [leaf for leaf in LEAVES if "/" not in leaf and not leaf.endswith("_l.yaml")]
     assert set(published) <= set(stated)
 

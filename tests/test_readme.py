@@ -48,6 +48,8 @@ def find(*words):
 
 def run(command, tmp_path, *more):
     environment = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    # The package of this checkout, also where it is not installed.
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, *command[1:], *more],
         cwd=ROOT,
@@ -62,7 +64,10 @@ def run(command, tmp_path, *more):
 
 def test_a_reader_gets_from_data_to_masks(tmp_path):
     """RefShapes by hand, training on two CPU processes, evaluation, the demo, scoring of a file."""
-    place = {"datasets/refshapes": str(tmp_path / "refshapes"), "sheet.png": str(tmp_path / "s.png")}
+    place = {
+        "datasets/refshapes": str(tmp_path / "refshapes"),
+        "sheet.png": str(tmp_path / "s.png"),
+    }
     make = [place.get(word, word) for word in find("make_refshapes.py")]
     run(make, tmp_path, "--train-images", "16", "--val-images", "4")
     assert (tmp_path / "s.png").is_file()

@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ris_d2 import load_config
 
 aten = torch.ops.aten
-# Operations per element of what fvcore counts beside products; FlopCounterMode counts 2 per multiply-add.
+# Operations per element of what fvcore counts beside products; FlopCounterMode counts 2 per
+# multiply-add.
 _ELEMENTWISE = {
     aten.native_layer_norm: lambda x, *args, **kwargs: 2 * 5 * math.prod(x),
     aten.native_batch_norm: lambda x, *args, **kwargs: 2 * 2 * math.prod(x),
@@ -88,9 +89,7 @@ def _inside(macs: Mapping[str, int], part: str) -> int:
     """Sum over the outermost modules of a part that were called (a part may be used by its methods)."""
     inside = [path for path in macs if path == part or path.startswith(f"{part}.")]
     return sum(
-        macs[path]
-        for path in inside
-        if not any(path.startswith(f"{other}.") for other in inside)
+        macs[path] for path in inside if not any(path.startswith(f"{other}.") for other in inside)
     )
 
 

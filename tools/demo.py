@@ -67,7 +67,11 @@ def main(arguments: list[str] | None = None) -> None:
         (
             position,
             record["text"],
-            "nothing" if record["no_target"] else f"{100 * record['area'] / (height * width):.1f} %",
+            (
+                "nothing"
+                if record["no_target"]
+                else f"{100 * record['area'] / (height * width):.1f} %"
+            ),
             f"{record['score']:.3f}",
         )
         for position, record in enumerate(records)

@@ -68,9 +68,7 @@ class Substitution(NamedTuple):
 # Path inside the wheel -> what makes that file run today. A count that differs is an error.
 PATCHES: dict[str, tuple[Substitution, ...]] = {
     # Pillow 10 removed the alias.
-    "detectron2/data/transforms/transform.py": (
-        Substitution(r"Image\.LINEAR", "Image.BILINEAR"),
-    ),
+    "detectron2/data/transforms/transform.py": (Substitution(r"Image\.LINEAR", "Image.BILINEAR"),),
     # setuptools 82 removed pkg_resources.
     "detectron2/model_zoo/model_zoo.py": (
         Substitution(r"^import pkg_resources\n", ""),
@@ -240,9 +238,7 @@ def download_sdist(directory: Path) -> Path:
     """
     # pip runs the sdist's setup.py (it imports torch) by the bdist_wheel that setuptools 70.1 has.
     if importlib.util.find_spec("torch") is None or installed_version("setuptools") < (70, 1):
-        raise SystemExit(
-            "Install these first: pip install torch torchvision 'setuptools>=70.1'"
-        )
+        raise SystemExit("Install these first: pip install torch torchvision 'setuptools>=70.1'")
     if installed_version("pip") == (0, 0):
         raise SystemExit(f"This Python has no pip: {sys.executable} -m ensurepip")
     requirements = directory / "requirements.txt"

@@ -57,13 +57,14 @@ SCENES = refshapes.Options(
     multi_target_share=0.3,
 )
 IMAGES = {"train": 10000, "val": 300, "testA": 100, "testB": 100, "heldout": 100}
-# What the trained model has to reach on val; "over_shuffled" is gIoU minus gIoU of shuffled sentences.
+# What the trained model has to reach on val; "over_shuffled" is gIoU minus gIoU of shuffled
+# sentences.
 BARS = {"gIoU": 60.0, "T_acc": 85.0, "N_acc": 50.0, "over_shuffled": 20.0}
 SHEET_ROWS = {"single": 4, "multi": 3, "none": 3}
 CURVE_COLORS = ("#e66e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito
 PROGRESS_SECONDS = 20
-# glibc gives the memory of large tensors back and asks for it again at every step of a small model on a
-# CPU; to keep it saves 15 % of the step.
+# glibc gives the memory of large tensors back and asks for it again at every step of a small model
+# on a CPU; to keep it saves 15 % of the step.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 
 
@@ -263,7 +264,9 @@ def _draw_curve(history: list[dict], path: str) -> None:
         _draw_line(left, losses, name, color=color, linewidth=width, label=label)
     left.set(title="training loss", xlim=(0, None), ylim=(0, None))
     left.legend(frameon=False)
-    _draw_line(right, evaluations, "referring/gIoU", color=CURVE_COLORS[0], marker="o", linewidth=2.2)
+    _draw_line(
+        right, evaluations, "referring/gIoU", color=CURVE_COLORS[0], marker="o", linewidth=2.2
+    )
     right.axhline(BARS["gIoU"], color="0.6", linestyle="--", linewidth=1)
     right.set(title=f"gIoU on {DATASET} (dashed: the bar)", ylim=(0, 100), xlim=left.get_xlim())
     for axes in (left, right):
@@ -275,7 +278,9 @@ def _draw_curve(history: list[dict], path: str) -> None:
 
 
 def _draw_line(axes: Axes, history: list[dict], name: str, **style: object) -> None:
-    axes.plot([line["iteration"] + 1 for line in history], [line[name] for line in history], **style)
+    axes.plot(
+        [line["iteration"] + 1 for line in history], [line[name] for line in history], **style
+    )
 
 
 def _sheet_rows(predictor: Predictor, *, seed: int = 0) -> Iterator[SheetRow]:
@@ -356,7 +361,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--fresh", action="store_true", help="delete earlier data and output first")
-    parser.add_argument("--output", default=os.path.join("output", "quickstart"), metavar="DIRECTORY")
+    parser.add_argument(
+        "--output", default=os.path.join("output", "quickstart"), metavar="DIRECTORY"
+    )
     parser.add_argument("--config-file", default=CONFIG_FILE, metavar="FILE")
     parser.add_argument("--train-images", type=int, default=IMAGES["train"])
     parser.add_argument("--val-images", type=int, default=IMAGES["val"])

@@ -29,9 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     setup_logger(name="ris_d2")
     resolution = tuple(args.resolution) if args.resolution else None
-    score_predictions(
-        args.dataset, args.predictions, output_dir=args.output, resolution=resolution
-    )
+    score_predictions(args.dataset, args.predictions, output_dir=args.output, resolution=resolution)
 
 
 if __name__ == "__main__":

@@ -77,9 +77,7 @@ def draw_unit(
     return choose(groups[rng.integers(len(groups))], _limit(unit, max_expressions), rng)
 
 
-def choose(
-    expressions: tuple[int, ...], limit: int, rng: np.random.Generator
-) -> tuple[int, ...]:
+def choose(expressions: tuple[int, ...], limit: int, rng: np.random.Generator) -> tuple[int, ...]:
     """Up to ``limit`` of the expressions, without replacement, in the order given."""
     if len(expressions) <= limit:
         return expressions

@@ -330,9 +330,7 @@ def _count_torch(
     return areas, shared
 
 
-def _oracle(
-    unit: dict, result: dict, truth: np.ndarray, size: tuple[int, int]
-) -> tuple[int, int]:
+def _oracle(unit: dict, result: dict, truth: np.ndarray, size: tuple[int, int]) -> tuple[int, int]:
     """I and U of the union of those instances that lie in the ground truth by more than half."""
     instances: Instances = result["instances"]
     masks = instances.pred_masks

@@ -1,4 +1,4 @@
-"""ReferringSegmenter: what every method of ris_d2 has in common as a detectron2 meta-architecture."""
+"""ReferringSegmenter: what all methods have in common as detectron2 meta-architectures."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,9 @@ _NO_TARGET = ("none", "area", "head")
 class ReferringSegmenter(nn.Module):
     """Base of the meta-architectures: images and sentences in, losses or masks out.
 
-    A method implements two hooks, ``encode_images`` (once per image) and ``segment`` (once per expression), and
-    ``mask_losses``. The base collates, normalises and pads, autocasts, freezes, slices expressions in
-    evaluation with image features kept, and restores masks to the requested size.
+    A method implements ``encode_images`` (once per image), ``segment`` (once per expression) and
+    ``mask_losses``. The base collates, normalises and pads, autocasts, freezes, slices expressions
+    in evaluation with image features kept, and restores masks to the requested size.
 
     The last line of a method's constructor calls ``freeze_parts()``.
     """
@@ -189,7 +189,9 @@ class ReferringSegmenter(nn.Module):
                 self.get_submodule(part).requires_grad_(False)
             except AttributeError:
                 parts = [name for name, _ in self.named_children()]
-                raise ValueError(f"MODEL.RIS.FREEZE names {part!r}; the parts are {parts}") from None
+                raise ValueError(
+                    f"MODEL.RIS.FREEZE names {part!r}; the parts are {parts}"
+                ) from None
         self.train(self.training)
 
     # What the base does.
@@ -221,7 +223,9 @@ class ReferringSegmenter(nn.Module):
         for start in range(0, len(input_ids), self.max_expressions):
             part = slice(start, start + self.max_expressions)
             with self._autocast():
-                outputs = self.segment(features, image_index[part], input_ids[part], text_mask[part])
+                outputs = self.segment(
+                    features, image_index[part], input_ids[part], text_mask[part]
+                )
                 if self.existence_head is not None:
                     outputs["existence_logits"] = self.existence_head(outputs["sentence"])
             results.extend(self._results(outputs, owners[part]))
@@ -238,7 +242,8 @@ class ReferringSegmenter(nn.Module):
         else:
             scores = logits.flatten(1).max(1).values.sigmoid()
         results = []
-        for group in _runs([id(x) for x, _ in owners]):  # expressions of one image share its geometry
+        # Expressions of one image share its geometry and are restored together.
+        for group in _runs([id(x) for x, _ in owners]):
             masks = self._restore(logits[group], owners[group.start][0])
             if self.no_target == "area":
                 absent = masks.flatten(1).sum(1) < self.min_area
@@ -282,7 +287,8 @@ class ReferringSegmenter(nn.Module):
             h, w = x["image"].shape[-2:]
             if h > height or w > width:
                 raise ValueError(
-                    f"{x.get('file_name', 'image')}: input of {h}x{w} exceeds INPUT.RIS.SIZE {height}x{width}"
+                    f"{x.get('file_name', 'image')}: input of {h}x{w} exceeds "
+                    f"INPUT.RIS.SIZE {height}x{width}"
                 )
             row[:, :h, :w] = self._normalize(x["image"])
         names = batched_inputs[0].get("views", {})

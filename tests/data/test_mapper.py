@@ -224,9 +224,7 @@ def test_swap_left_right(text, swapped):
 def test_flip_is_drawn_at_its_probability(make_record, tokenizer):
     record = make_record()
     mapper = ReferringMapper(is_train=True, tokenizer=tokenizer, size=(4, 4), flip_prob=0.25)
-    texts = [
-        mapper(record, np.random.default_rng(n))["expressions"][0]["text"] for n in range(400)
-    ]
+    texts = [mapper(record, np.random.default_rng(n))["expressions"][0]["text"] for n in range(400)]
     assert abs(sum("right" in text for text in texts) - 100) < 30
 
 

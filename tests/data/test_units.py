@@ -36,7 +36,10 @@ def test_units_of_every_kind():
     ]
     referents = build_units(RECORDS, "referent")
     assert list(referents) == [
-        Unit(0, (0, 1)), Unit(0, (2, 3, 4)), Unit(2, (0,)), Unit(2, (1, 2, 3, 4))
+        Unit(0, (0, 1)),
+        Unit(0, (2, 3, 4)),
+        Unit(2, (0,)),
+        Unit(2, (1, 2, 3, 4)),
     ]
     images = build_units(RECORDS, "image", max_expressions=3)
     assert list(images) == [Unit(0, (0, 1, 2, 3, 4)), Unit(2, (0, 1, 2, 3, 4))]
@@ -78,9 +81,7 @@ def test_take_names_a_missing_annotation():
 def test_every_epoch_visits_every_unit_once_in_an_order_of_its_own():
     units = build_units([record({n: (1, []) for n in range(9)})], "sentence")
     draws = Draws(units, seed=3)
-    orders = [
-        [draws(9 * epoch + n)[0].expressions[0] for n in range(9)] for epoch in range(3)
-    ]
+    orders = [[draws(9 * epoch + n)[0].expressions[0] for n in range(9)] for epoch in range(3)]
     assert all(sorted(order) == list(range(9)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
     assert orders[0] != [Draws(units, seed=4)(n)[0].expressions[0] for n in range(9)]

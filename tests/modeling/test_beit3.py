@@ -107,7 +107,7 @@ def test_each_modality_works_alone_and_sees_the_other_when_joint():
     tokens = model.embed_text(ids, mask)
     vision = model.embed_image(torch.randn(1, 3, 64, 64))
     with torch.no_grad():
-        (nothing, alone) = model.encode(None, tokens, mask)[3]
+        nothing, alone = model.encode(None, tokens, mask)[3]
         joint_vision, joint_text = model.encode(vision, tokens, mask)[3]
         only_vision, _ = model.encode(vision, None, None)[3]
     assert nothing is None and alone.shape == joint_text.shape == (1, 4, 48)

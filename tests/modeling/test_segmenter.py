@@ -72,7 +72,9 @@ def test_content_box_is_cut_out_before_resizing(make_inputs):
     logits = torch.full((1, 32, 48), -9.0)
     logits[:, :, 12:36] = 9.0
     inputs = make_inputs(1)
-    inputs.update(input_ids=torch.zeros(1, 8, dtype=torch.int64), content_box=(12.0, 0.0, 36.0, 32.0))
+    inputs.update(
+        input_ids=torch.zeros(1, 8, dtype=torch.int64), content_box=(12.0, 0.0, 36.0, 32.0)
+    )
     mask = results(Probe(logits), [inputs])[0]["referring"][0]["mask"]
     assert mask.shape == (40, 60) and mask[:, 2:-2].all()
     inputs["content_box"] = (0.0, 0.0, 48.0, 32.0)

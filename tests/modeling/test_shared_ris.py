@@ -73,7 +73,11 @@ def test_every_parameter_learns_and_every_variant_segments(changes, tiny_cfg, ma
         if p.requires_grad and (p.grad is None or not p.grad.any())
     ]
     # The bias of the keys of an attention adds the same to each of a query's scores: a true zero.
-    assert [name for name in without if not name.endswith(("key.bias", "k_proj.A.bias", "k_proj.B.bias"))] == []
+    assert [
+        name
+        for name in without
+        if not name.endswith(("key.bias", "k_proj.A.bias", "k_proj.B.bias"))
+    ] == []
     results = model.eval()([make_inputs(seed=0)])[0]["referring"]
     assert [r["mask"].shape for r in results] == [(40, 60)] * 3
 

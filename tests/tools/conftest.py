@@ -31,8 +31,7 @@ def tiny_config(tmp_path):
 
     write_tokenizer(str(tmp_path / "tokenizer"))
     path = tmp_path / "tiny.yaml"
-    path.write_text(
-        f"""
+    path.write_text(f"""
 VERSION: 2
 MODEL:
   DEVICE: cpu
@@ -47,6 +46,5 @@ INPUT:
     SIZE: [64, 64]
     UNIT: image
     TOKENIZER: {{KIND: hf, PATH: "{tmp_path / 'tokenizer'}"}}
-"""
-    )
+""")
     return str(path)

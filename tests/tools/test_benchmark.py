@@ -52,7 +52,9 @@ def test_train_takes_a_step_with_the_units_of_the_config(benchmark, tiny_config)
     figures = benchmark.run_part("train", args)
     assert (figures["batch_units"], figures["expressions_per_unit"]) == (3, 4)
     assert figures["units_per_s"] == pytest.approx(3000 / figures["step_ms"])
-    sentence = benchmark.run_part("train", _args(benchmark, tiny_config, "INPUT.RIS.UNIT", "sentence"))
+    sentence = benchmark.run_part(
+        "train", _args(benchmark, tiny_config, "INPUT.RIS.UNIT", "sentence")
+    )
     assert sentence["expressions_per_unit"] == 1
 
 

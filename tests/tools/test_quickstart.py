@@ -18,15 +18,13 @@ def quickstart(load_tool, tmp_path, monkeypatch):
 @pytest.fixture
 def config(tiny_config, tmp_path):
     path = tmp_path / "quick.yaml"
-    path.write_text(
-        f"""
+    path.write_text(f"""
 _BASE_: {tiny_config}
 INPUT: {{RIS: {{TOKENIZER: {{PATH: refshapes/tokenizer}}}}}}
 DATASETS: {{TRAIN: ["ris_grefshapes_train"], TEST: ["ris_grefshapes_val"]}}
 DATALOADER: {{NUM_WORKERS: 0}}
 SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: 3, BASE_LR: 0.001}}
-"""
-    )
+""")
     return str(path)
 
 

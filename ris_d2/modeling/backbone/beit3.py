@@ -204,7 +204,9 @@ class RISBEiT3(Backbone):
         """
         super().__init__()
         if image_size[0] % patch_size or image_size[1] % patch_size:
-            raise ValueError(f"image size {image_size} is not a multiple of patch size {patch_size}")
+            raise ValueError(
+                f"image size {image_size} is not a multiple of patch size {patch_size}"
+            )
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.image_size, self.patch_size = tuple(image_size), patch_size
         self.embed_dim, self.depth, self.vocab_size = embed_dim, depth, vocab_size
@@ -245,7 +247,7 @@ class RISBEiT3(Backbone):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Vision only: (B, 3, H, W) -> {"last": (B, d, H/p, W/p)}."""
-        (vision, _) = self.encode(self.embed_image(images), None, None)[self.depth]
+        vision, _ = self.encode(self.embed_image(images), None, None)[self.depth]
         if self.encoder.layer_norm is not None:
             vision = self.encoder.layer_norm["A"](vision)
         return {"last": vision[:, 1:].transpose(1, 2).unflatten(2, self.grid)}

@@ -1,6 +1,5 @@
 """Attention and MLP blocks that several methods share."""
 
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,14 +47,10 @@ class MLP(nn.Sequential):
     def __init__(
         self, *, dim: int, hidden_dim: int, out_dim: int, activation: type[nn.Module] = nn.GELU
     ):
-        super().__init__(
-            nn.Linear(dim, hidden_dim), activation(), nn.Linear(hidden_dim, out_dim)
-        )
+        super().__init__(nn.Linear(dim, hidden_dim), activation(), nn.Linear(hidden_dim, out_dim))
 
 
 def drop_path_scale(batch_size: int, probability: float, like: Tensor) -> Tensor:
     """Draw a stochastic-depth factor per sample: 0 or 1/(1-p), shape (B, 1, 1), dtype of ``like``."""
     keep = 1.0 - probability
     return like.new_empty(batch_size, 1, 1).bernoulli_(keep) / keep
-
-

@@ -59,9 +59,7 @@ class LastLayer(nn.Module):
     def __init__(self, *, depth: int, in_dim: int, dim: int, proj_per_modality: bool):
         super().__init__()
         self.stages = (depth,)
-        self.projection = ModalityPair(
-            lambda: nn.Linear(in_dim, dim), shared=not proj_per_modality
-        )
+        self.projection = ModalityPair(lambda: nn.Linear(in_dim, dim), shared=not proj_per_modality)
 
     def forward(self, states: Mapping[int, Streams], text_mask: Tensor) -> Streams:
         """As SharedFPN; ``text_mask`` plays no part."""
