@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ris_d2 import load_config
+from ris_d2.data import refshapes
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -93,3 +94,38 @@ def test_a_reader_gets_from_data_to_masks(tmp_path):
     }
     out = run([place.get(word, word) for word in find("demo.py")], tmp_path)
     assert "the green triangle" in out and (tmp_path / "demo" / "results.json").is_file()
+
+
+def test_the_published_recipe_runs_in_the_real_directory_tree(tmp_path):
+    """The commands for RefCOCO and eight GPUs, on RefShapes laid out as RefCOCO and two CPU processes:
+    a small model, an empty MODEL.INIT and two steps are all that differs."""
+    shapes = {"train": 6, "val": 2, "testA": 2, "testB": 2}
+    refshapes.write(str(tmp_path / "refshapes"), shapes, refshapes.Options())
+    output = tmp_path / "output"
+    small = {
+        "MODEL.INIT": "[]",
+        "MODEL.DEVICE": "cpu",
+        "MODEL.RIS.BEIT3.EMBED_DIM": "24",
+        "INPUT.RIS.SIZE": "(64, 64)",
+        "INPUT.RIS.TOKENIZER.KIND": "hf",
+        "INPUT.RIS.TOKENIZER.PATH": "tokenizer",
+        "MODEL.SHARED_RIS.DIM": "32",
+        "DATALOADER.NUM_WORKERS": "0",
+        "SOLVER.IMS_PER_BATCH": "4",
+        "OUTPUT_DIR": str(output),
+    }
+    options = [word for pair in small.items() for word in pair]
+    train, resume, evaluate = (
+        ["2" if word == "8" else word for word in command]
+        for command in PYTHON
+        if "configs/shared_ris_beit3_b.yaml" in command and "--num-gpus" in command
+    )
+    run(train, tmp_path / "refshapes", "SOLVER.MAX_ITER", "1", *options)
+    assert "Starting training from iteration 1" in run(
+        resume, tmp_path / "refshapes", "SOLVER.MAX_ITER", "2", *options
+    )
+    results = [output / "inference" / f"ris_refcoco_unc_{s}" for s in ("val", "testA", "testB")]
+    before = [(folder / "results.json").read_text() for folder in results]
+    weights = ["MODEL.WEIGHTS", str(output / "model_final.pth")]
+    run(evaluate[: evaluate.index("MODEL.WEIGHTS")] + weights, tmp_path / "refshapes", *options)
+    assert [(folder / "results.json").read_text() for folder in results] == before
