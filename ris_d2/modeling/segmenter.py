@@ -29,6 +29,8 @@ class ReferringSegmenter(nn.Module):
     weight_parts: Mapping[str, str] = {}
     # Methods that mask padded tokens everywhere may have them cut off before they compute anything.
     trims_text = False
+    # Rows of the method's token embedding; None = not checked.
+    vocab_size: int | None = None
 
     def __init__(
         self,
@@ -306,6 +308,12 @@ class ReferringSegmenter(nn.Module):
         image_index = torch.arange(len(counts)).repeat_interleave(counts)
         input_ids = torch.cat([x["input_ids"] for x in batched_inputs])
         text_mask = torch.cat([x["text_mask"] for x in batched_inputs])
+        # Before they move: a GPU would stop at such an id without saying why.
+        if self.vocab_size is not None and input_ids.max() >= self.vocab_size:
+            raise ValueError(
+                f"token id {int(input_ids.max())} is beyond the model's vocabulary of "
+                f"{self.vocab_size}: INPUT.RIS.TOKENIZER is not the tokenizer of this model"
+            )
         if self.trims_text:
             length = int(text_mask.sum(1).max())
             input_ids, text_mask = input_ids[:, :length], text_mask[:, :length]

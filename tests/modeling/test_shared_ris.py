@@ -151,3 +151,10 @@ def test_it_learns_one_image(tiny_cfg, make_inputs):
     assert losses[-1] < 0.3 * losses[0]
     results = model.eval()([inputs])[0]["referring"]
     assert [r["no_target"] for r in results] == [False, False, True]
+
+
+def test_token_ids_of_another_tokenizer_are_named(tiny_cfg, make_inputs):
+    inputs = make_inputs()
+    inputs["input_ids"][0, 0] = 50
+    with pytest.raises(ValueError, match="token id 50 .* vocabulary of 50: INPUT.RIS.TOKENIZER"):
+        build_model(tiny_cfg)([inputs])

@@ -45,6 +45,7 @@ class SharedRIS(ReferringSegmenter):
         """
         super().__init__(**segmenter)
         self.encoder = encoder
+        self.vocab_size = encoder.vocab_size
         self.fpn = fpn
         self.decoder = decoder
         self.bce_weight = bce_weight
