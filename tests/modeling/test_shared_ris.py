@@ -158,3 +158,15 @@ def test_token_ids_of_another_tokenizer_are_named(tiny_cfg, make_inputs):
     inputs["input_ids"][0, 0] = 50
     with pytest.raises(ValueError, match="token id 50 .* vocabulary of 50: INPUT.RIS.TOKENIZER"):
         build_model(tiny_cfg)([inputs])
+
+
+def test_bfloat16_trains_and_stays_near_fp32(tiny_cfg, make_inputs):
+    torch.manual_seed(0)
+    model, inputs = build_model(tiny_cfg), [make_inputs()]
+    expected = {name: loss.item() for name, loss in model(inputs).items()}
+    model.precision = "bf16"
+    losses = model(inputs)
+    sum(losses.values()).backward()
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=0.02)
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
