@@ -161,6 +161,7 @@ def test_token_ids_of_another_tokenizer_are_named(tiny_cfg, make_inputs):
 
 
 def test_bfloat16_trains_and_stays_near_fp32(tiny_cfg, make_inputs):
+    tiny_cfg.MODEL.RIS.BEIT3.DROP_PATH = 0.0
     torch.manual_seed(0)
     model, inputs = build_model(tiny_cfg), [make_inputs()]
     expected = {name: loss.item() for name, loss in model(inputs).items()}
