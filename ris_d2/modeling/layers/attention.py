@@ -21,20 +21,30 @@ class MultiheadAttention(nn.Module):
         self.value = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, query: Tensor, context: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        context: Tensor,
+        keep: Tensor | None = None,
+        *,
+        values: Tensor | None = None,
+    ) -> Tensor:
         """Let each query attend the context.
 
         Args:
             query: (B, Q, dim).
-            context: (B, K, dim), the keys and values.
-            keep: bool (B, K), True where a key may be attended; None = everywhere.
+            context: (B, K, dim), the keys, and the values unless those are given.
+            keep: bool (B, K) or (B, Q, K), True where a key may be attended; None = everywhere.
+            values: (B, K, dim), where keys carry positions and values do not.
 
         Returns:
             (B, Q, dim)
         """
-        q = self._split(self.query(query))
-        k, v = self._split(self.key(context)), self._split(self.value(context))
-        mask = None if keep is None else keep[:, None, None, :]
+        q, k = self._split(self.query(query)), self._split(self.key(context))
+        v = self._split(self.value(context if values is None else values))
+        mask = keep
+        if keep is not None:
+            mask = keep[:, None, None, :] if keep.ndim == 2 else keep[:, None]
         return self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
