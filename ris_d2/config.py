@@ -42,6 +42,7 @@ def add_ris_config(cfg: CN) -> None:
     _add_solver_keys(cfg)
     _add_test_keys(cfg)
     _add_beit3_keys(cfg)
+    _add_clip_keys(cfg)
     _add_shared_ris_keys(cfg)
 
 
@@ -118,6 +119,9 @@ def _add_model_keys(cfg: CN) -> None:
     # (nearest).
     cfg.MODEL.RIS.SIGMOID_FIRST = True
     cfg.MODEL.RIS.THRESHOLD_FIRST = False
+    cfg.MODEL.RIS.TEXT = CN()
+    # Text encoder of methods that choose one: RISCLIPText
+    cfg.MODEL.RIS.TEXT.NAME = "RISCLIPText"
 
 
 def _add_solver_keys(cfg: CN) -> None:
@@ -169,6 +173,17 @@ def _add_beit3_keys(cfg: CN) -> None:
     cfg.MODEL.RIS.BEIT3.DROP_PATH = 0.1
     # Recompute layers in the backward pass: less memory, more time.
     cfg.MODEL.RIS.BEIT3.CHECKPOINTING = False
+
+
+def _add_clip_keys(cfg: CN) -> None:
+    # RISCLIPText; defaults are the text transformer of CLIP ViT-B/16 (ViT-L/14: 768, 12, 12).
+    cfg.MODEL.RIS.TEXT.CLIP = CN()
+    cfg.MODEL.RIS.TEXT.CLIP.DIM = 512
+    cfg.MODEL.RIS.TEXT.CLIP.DEPTH = 12
+    cfg.MODEL.RIS.TEXT.CLIP.NUM_HEADS = 8
+    cfg.MODEL.RIS.TEXT.CLIP.VOCAB_SIZE = 49408
+    # Rows of the position table, of CLIP's 77; 0 = INPUT.RIS.MAX_TOKENS.
+    cfg.MODEL.RIS.TEXT.CLIP.NUM_POSITIONS = 0
 
 
 def _add_shared_ris_keys(cfg: CN) -> None:

@@ -24,3 +24,8 @@ def build_text_encoder(cfg: CfgNode) -> nn.Module:
         known = sorted(key for key, _ in TEXT_ENCODER_REGISTRY)
         raise ValueError(f"MODEL.RIS.TEXT.NAME is {name!r}, not one of {known}")
     return TEXT_ENCODER_REGISTRY.get(name)(cfg)
+
+
+from .clip_text import RISCLIPText  # noqa: E402  (it registers itself above)
+
+__all__ = ["TEXT_ENCODER_REGISTRY", "RISCLIPText", "build_text_encoder"]

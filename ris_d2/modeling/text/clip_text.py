@@ -1,0 +1,105 @@
+"""CLIP's text transformer (Radford et al., ICML 2021), on transformers' ``CLIPTextModel``."""
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from torch import Tensor, nn
+
+from . import TEXT_ENCODER_REGISTRY
+
+
+@TEXT_ENCODER_REGISTRY.register()
+class RISCLIPText(nn.Module):
+    """Words to hidden states, without the projection to CLIP's joint space.
+
+    Attention is causal, so that padding (at the end) changes no real token and no mask is needed.
+
+    Attributes:
+        dim: channels of the hidden states.
+        depth: number of layers.
+        vocab_size: rows of the token embedding.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        dim: int = 512,
+        depth: int = 12,
+        num_heads: int = 8,
+        vocab_size: int = 49408,
+        num_positions: int = 77,
+    ):
+        """The defaults are the text transformer of CLIP ViT-B/16.
+
+        Args:
+            num_positions: rows of the position table, the longest sentence in tokens. A checkpoint's
+                longer table is cut, a shorter one refused.
+        """
+        super().__init__()
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        self.dim, self.depth, self.vocab_size = dim, depth, vocab_size
+        self.num_positions = num_positions
+        model = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=vocab_size,
+                hidden_size=dim,
+                intermediate_size=4 * dim,
+                num_hidden_layers=depth,
+                num_attention_heads=num_heads,
+                max_position_embeddings=num_positions,
+            )
+        )
+        # transformers 4 has one more level than 5.
+        self.transformer = getattr(model, "text_model", model)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        clip = cfg.MODEL.RIS.TEXT.CLIP
+        return {
+            "dim": clip.DIM,
+            "depth": clip.DEPTH,
+            "num_heads": clip.NUM_HEADS,
+            "vocab_size": clip.VOCAB_SIZE,
+            "num_positions": clip.NUM_POSITIONS or cfg.INPUT.RIS.MAX_TOKENS,
+        }
+
+    def forward(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """int64 (E, L), bool (E, L) -> (E, L, dim): the last hidden states, normalised."""
+        return self.forward_layers(input_ids, text_mask)[-1]
+
+    def forward_layers(self, input_ids: Tensor, text_mask: Tensor) -> list[Tensor]:
+        """Run all layers.
+
+        Args:
+            input_ids: int64 (E, L), L at most ``num_positions``.
+            text_mask: bool (E, L); every text encoder is given it, causal attention needs none.
+
+        Returns:
+            depth + 1 tensors (E, L, dim): the residual stream after each layer, then the last one
+            normalised.
+        """
+        outputs = self.transformer(input_ids=input_ids, output_hidden_states=True)
+        return [*outputs.hidden_states[1 : self.depth + 1], outputs.last_hidden_state]
+
+    def fit_state_dict(self, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """Cut a checkpoint's position table to the length of this one.
+
+        Returns:
+            a new state dict, and the names of the tensors that changed size.
+
+        Raises:
+            ValueError: the table is shorter; the missing positions were never learned.
+        """
+        name = "transformer.embeddings.position_embedding.weight"
+        table = state_dict.get(name)
+        if table is None or len(table) == self.num_positions:
+            return state_dict, []
+        if len(table) < self.num_positions:
+            raise ValueError(
+                f"the weights know sentences of {len(table)} tokens, this model reads "
+                f"{self.num_positions}; set INPUT.RIS.MAX_TOKENS (or "
+                f"MODEL.RIS.TEXT.CLIP.NUM_POSITIONS) to {len(table)}, or start from CLIP's own 77"
+            )
+        return {**state_dict, name: table[: self.num_positions]}, [name]
