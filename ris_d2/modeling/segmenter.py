@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from .explanation import Explanation
 from .layers import ExistenceHead
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -19,8 +21,9 @@ class ReferringSegmenter(nn.Module):
     """Base of the meta-architectures: images and sentences in, losses or masks out.
 
     A method implements ``encode_images`` (once per image), ``segment`` (once per expression) and
-    ``mask_losses``. The base collates, normalises and pads, autocasts, freezes, slices expressions
-    in evaluation with image features kept, and restores masks to the requested size.
+    ``mask_losses``; one with losses that are no means over expressions implements ``losses``, one that
+    predicts instances ``predict``. The base collates, normalises and pads, autocasts, freezes, slices
+    expressions in evaluation with image features kept, and restores masks to the requested size.
 
     The last line of a method's constructor calls ``freeze_parts()``.
     """
@@ -148,6 +151,15 @@ class ReferringSegmenter(nn.Module):
         """
         raise NotImplementedError
 
+    def explain(
+        self, features: Any, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
+    ) -> Explanation:
+        """Say where E expressions look; arguments as ``segment``. Optional.
+
+        A method runs ``segment`` under ``AttentionRecorder`` and picks what its paper shows.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no attention maps to show")
+
     # detectron2's contract.
 
     @property
@@ -171,6 +183,30 @@ class ReferringSegmenter(nn.Module):
         if self.training:
             return self._training_step(batched_inputs)
         return self._inference(batched_inputs)
+
+    @torch.no_grad()
+    def explanations(self, batched_inputs: list[dict]) -> list[Explanation]:
+        """Attention maps for people and analyses, of a model in evaluation mode.
+
+        Args:
+            batched_inputs: as in evaluation.
+
+        Returns:
+            per unit, the ``Explanation`` of its expressions, on the CPU.
+        """
+        image_index, input_ids, text_mask = self._collate_text(batched_inputs)
+        parts = []
+        with self._autocast():
+            features = self.encode_images(*self._collate_images(batched_inputs))
+            for start in range(0, len(input_ids), self.max_expressions):
+                part = slice(start, start + self.max_expressions)
+                explained = self.explain(
+                    features, image_index[part], input_ids[part], text_mask[part]
+                )
+                parts.append(explained.apply(lambda x: x.float().cpu()))
+        whole = Explanation.concatenate(parts)
+        rows = [image_index.cpu() == i for i in range(len(batched_inputs))]
+        return [whole.apply(lambda x, own=own: x[own]) for own in rows]
 
     def train(self, mode: bool = True) -> "ReferringSegmenter":
         super().train(mode)
@@ -205,15 +241,7 @@ class ReferringSegmenter(nn.Module):
             outputs = self.segment(features, image_index, input_ids, text_mask)
             if self.existence_head is not None:
                 outputs["existence_logits"] = self.existence_head(outputs["sentence"])
-        masks = self._referred_masks(batched_inputs)
-        losses = self.mask_losses(outputs, masks)
-        if self.existence_head is not None:
-            exists = torch.cat([x["targets"].any(1) for x in batched_inputs]).to(self.device)
-            losses["loss_existence"] = self.existence_weight * F.binary_cross_entropy_with_logits(
-                outputs["existence_logits"].float(), exists.float(), reduction="none"
-            )
-        count = _mean_over_processes(len(input_ids), self.device)
-        return {name: loss.sum() / count for name, loss in losses.items()}
+        return self.losses(outputs, batched_inputs)
 
     @torch.no_grad()
     def _inference(self, batched_inputs: list[dict]) -> list[dict]:
@@ -234,36 +262,33 @@ class ReferringSegmenter(nn.Module):
         remaining = iter(results)
         return [{"referring": [next(remaining) for _ in x["expressions"]]} for x in batched_inputs]
 
-    def _results(
-        self, outputs: dict[str, Tensor], owners: Sequence[tuple[dict, dict]]
-    ) -> list[dict]:
+    def _results(self, outputs: dict[str, Any], owners: Sequence[tuple[dict, dict]]) -> list[dict]:
         """Outputs of E expressions and the (input, expression) each belongs to -> E results."""
-        logits = outputs["mask_logits"].float()
-        if self.existence_head is not None:
-            scores = outputs["existence_logits"].float().sigmoid()
-        else:
-            scores = logits.flatten(1).max(1).values.sigmoid()
         results = []
         # Expressions of one image share its geometry and are restored together.
         for group in _runs([id(x) for x, _ in owners]):
-            masks = self._restore(logits[group], owners[group.start][0])
+            masks, scores, absent, instances = self.predict(outputs, group, owners[group.start][0])
             if self.no_target == "area":
                 absent = masks.flatten(1).sum(1) < self.min_area
-            elif self.existence_head is not None:
-                absent = scores[group] < self.existence_threshold
-            else:
-                absent = torch.zeros(len(masks), dtype=torch.bool, device=masks.device)
+            elif self.no_target == "none" or absent is None:
+                absent = masks.new_zeros(len(masks))
             masks &= ~absent[:, None, None]
-            rows = zip(owners[group], masks, scores[group].tolist(), absent.tolist(), strict=True)
             results.extend(
                 {
                     "expression_id": expression["expression_id"],
                     "mask": mask,
                     "score": score,
                     "no_target": no_target,
-                    "instances": None,
+                    "instances": predicted,
                 }
-                for (_, expression), mask, score, no_target in rows
+                for (_, expression), mask, score, no_target, predicted in zip(
+                    owners[group],
+                    masks,
+                    scores.tolist(),
+                    absent.tolist(),
+                    instances,
+                    strict=True,
+                )
             )
         return results
 
@@ -351,7 +376,7 @@ def _runs(keys: Sequence[int]) -> list[slice]:
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(keys)], strict=True)]
 
 
-def _mean_over_processes(count: int, device: torch.device) -> float:
+def mean_over_processes(count: int, device: torch.device) -> float:
     """Mean of ``count`` over the processes, so that DDP's mean of gradients is the mean over samples."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return float(count)
