@@ -1,5 +1,6 @@
 """Mask losses that more than one method uses. All return one value per expression, in fp32."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,3 +16,12 @@ def mask_dice(logits: Tensor, targets: Tensor) -> Tensor:
     probabilities, targets = logits.float().sigmoid().flatten(1), targets.float().flatten(1)
     overlap = (probabilities * targets).sum(1)
     return 1 - (2 * overlap + 1) / (probabilities.sum(1) + targets.sum(1) + 1)
+
+
+def mean_over_processes(count: int, device: torch.device) -> float:
+    """Mean of ``count`` over the processes, so that DDP's mean of gradients is the mean over samples."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return float(count)
+    total = torch.tensor(float(count), device=device)
+    torch.distributed.all_reduce(total)
+    return total.item() / torch.distributed.get_world_size()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .explanation import Explanation
 from .layers import ExistenceHead
+from .losses import mean_over_processes
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NO_TARGET = ("none", "area", "head")
@@ -150,6 +151,50 @@ class ReferringSegmenter(nn.Module):
             name (starting with "loss") -> (E,)
         """
         raise NotImplementedError
+
+    def losses(self, outputs: dict[str, Any], batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """Weighted losses of a batch.
+
+        Args:
+            outputs: of ``segment``.
+            batched_inputs: as in ``forward``; their sum E expressions in the order of ``outputs``.
+
+        Returns:
+            name (starting with "loss") -> scalar, the mean over the samples of all processes.
+        """
+        masks = self._referred_masks(batched_inputs)
+        losses = self.mask_losses(outputs, masks)
+        if self.existence_head is not None:
+            exists = torch.cat([x["targets"].any(1) for x in batched_inputs]).to(self.device)
+            losses["loss_existence"] = self.existence_weight * F.binary_cross_entropy_with_logits(
+                outputs["existence_logits"].float(), exists.float(), reduction="none"
+            )
+        count = mean_over_processes(len(masks), self.device)
+        return {name: loss.sum() / count for name, loss in losses.items()}
+
+    def predict(
+        self, outputs: dict[str, Any], rows: slice, inputs: dict
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[Instances | None]]:
+        """Decide on E expressions of one image.
+
+        Args:
+            outputs: of ``segment``.
+            rows: where the image's expressions lie in them.
+            inputs: the image's dict, as in ``forward``.
+
+        Returns:
+            masks bool (E, height, width); scores float (E,); absent bool (E,), whether nothing is
+            referred to, or None if that is not the method's to say; E times predicted instances, or
+            None.
+        """
+        logits = outputs["mask_logits"][rows].float()
+        absent = None
+        if self.existence_head is not None:
+            scores = outputs["existence_logits"][rows].float().sigmoid()
+            absent = scores < self.existence_threshold
+        else:
+            scores = logits.flatten(1).max(1).values.sigmoid()
+        return self._restore(logits, inputs), scores, absent, [None] * len(scores)
 
     def explain(
         self, features: Any, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
@@ -374,12 +419,3 @@ def _runs(keys: Sequence[int]) -> list[slice]:
     """Slices of equal neighbours."""
     starts = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
     return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(keys)], strict=True)]
-
-
-def mean_over_processes(count: int, device: torch.device) -> float:
-    """Mean of ``count`` over the processes, so that DDP's mean of gradients is the mean over samples."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return float(count)
-    total = torch.tensor(float(count), device=device)
-    torch.distributed.all_reduce(total)
-    return total.item() / torch.distributed.get_world_size()
