@@ -22,6 +22,7 @@ setup(
         "huggingface_hub",
         "matplotlib",
         "safetensors",
+        "scipy",
         "tabulate",
         "timm>=1.0",
         "tokenizers",

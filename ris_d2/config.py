@@ -43,7 +43,9 @@ def add_ris_config(cfg: CN) -> None:
     _add_test_keys(cfg)
     _add_beit3_keys(cfg)
     _add_clip_keys(cfg)
+    _add_bert_keys(cfg)
     _add_shared_ris_keys(cfg)
+    _add_deris_keys(cfg)
 
 
 def _add_data_keys(cfg: CN) -> None:
@@ -120,7 +122,7 @@ def _add_model_keys(cfg: CN) -> None:
     cfg.MODEL.RIS.SIGMOID_FIRST = True
     cfg.MODEL.RIS.THRESHOLD_FIRST = False
     cfg.MODEL.RIS.TEXT = CN()
-    # Text encoder of methods that choose one: RISCLIPText
+    # Text encoder of methods that choose one: RISCLIPText | RISBert
     cfg.MODEL.RIS.TEXT.NAME = "RISCLIPText"
 
 
@@ -186,6 +188,19 @@ def _add_clip_keys(cfg: CN) -> None:
     cfg.MODEL.RIS.TEXT.CLIP.NUM_POSITIONS = 0
 
 
+def _add_bert_keys(cfg: CN) -> None:
+    # RISBert text encoder; defaults are bert-base-uncased.
+    cfg.MODEL.RIS.TEXT.BERT = CN()
+    cfg.MODEL.RIS.TEXT.BERT.EMBED_DIM = 768  # D
+    cfg.MODEL.RIS.TEXT.BERT.DEPTH = 12
+    cfg.MODEL.RIS.TEXT.BERT.NUM_HEADS = 12
+    cfg.MODEL.RIS.TEXT.BERT.VOCAB_SIZE = 30522
+    cfg.MODEL.RIS.TEXT.BERT.DROPOUT = 0.1
+    # Random weights: released (normal 0.02, replaced by pretrained weights) | scratch (Xavier;
+    # ours).
+    cfg.MODEL.RIS.TEXT.BERT.INIT = "released"
+
+
 def _add_shared_ris_keys(cfg: CN) -> None:
     # Shared-RIS (papers' Tables III, VII, VIII are its ablations).
     cfg.MODEL.SHARED_RIS = CN()
@@ -205,3 +220,21 @@ def _add_shared_ris_keys(cfg: CN) -> None:
     # Where the loss is taken: mask (the prediction's 1/4 size, ground truth nearest-resized) |
     # input.
     cfg.MODEL.SHARED_RIS.LOSS_RESOLUTION = "mask"
+
+
+def _add_deris_keys(cfg: CN) -> None:
+    cfg.MODEL.DERIS = CN()
+    # Loss and matching cost of a round. The paper's text sets all weights to 1; the released code,
+    # on whose results its tables rest, multiplies 1 by Mask2Former's 2, 5 and 5.
+    cfg.MODEL.DERIS.CLASS_WEIGHT = 2.0  # lambda_r
+    cfg.MODEL.DERIS.MASK_WEIGHT = 5.0  # lambda_m, cross-entropy part
+    cfg.MODEL.DERIS.DICE_WEIGHT = 5.0  # lambda_m, dice part
+    cfg.MODEL.DERIS.AUX_WEIGHT = 0.2  # lambda_aux, of all rounds but the last
+    # Weight of a query that is not referred to in the two-class cross-entropy. 0.1: released code.
+    # 1.0: the paper's text, since a two-class cross-entropy without weights is the binary one.
+    cfg.MODEL.DERIS.NOT_REFERRED_WEIGHT = 0.1
+    # Points per mask in matching and loss; the loss draws OVERSAMPLE_RATIO times as many and keeps
+    # the most uncertain for a share IMPORTANCE_RATIO of its points.
+    cfg.MODEL.DERIS.NUM_POINTS = 12544
+    cfg.MODEL.DERIS.OVERSAMPLE_RATIO = 3.0
+    cfg.MODEL.DERIS.IMPORTANCE_RATIO = 0.75

@@ -13,6 +13,7 @@ from ris_d2 import get_ris_cfg, load_config
 from ris_d2.data import refshapes
 from ris_d2.data.catalog import register_all
 from ris_d2.engine import Trainer
+from ris_d2.modeling.deris.criterion import DeRISCriterion
 from ris_d2.modeling.text import build_text_encoder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -109,5 +110,8 @@ def test_every_key_is_read(tmp_path, monkeypatch):
         cfg.DATALOADER.NUM_WORKERS = 0
         trainer = Trainer(Recorder.of(cfg))
     Trainer.build_evaluator(trainer.cfg, "ris_grefshapes_val")
-    build_text_encoder(Recorder.of(get_ris_cfg()))
+    for name in ("RISCLIPText", "RISBert"):
+        cfg = get_ris_cfg()
+        cfg.MODEL.RIS.TEXT.NAME = name
+        build_text_encoder(Recorder.of(cfg))
     assert ours - Recorder.seen == set()

@@ -1,0 +1,207 @@
+"""DeRIS' losses: which queries are referred to, what their masks are, whether there is a target."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from torch import Tensor, nn
+
+from ..losses import mean_over_processes
+from .matcher import HungarianMatcher
+from .points import draw_uncertain_points, sample_masks, sample_upsampled
+
+
+class DeRISCriterion(nn.Module):
+    """L = sum over rounds of lambda^r (class + mask + dice) + existence, each with its weight.
+
+    The lambda of the last round is 1, that of the others aux_weight. Every round is matched by
+    itself. Only the instances that an expression refers to are targets; each is matched to a query
+    of its own, and all other queries are trained to be not referred to, which is all that an
+    expression without target asks for.
+
+    Normalisers (number of instances, class weights, expressions) are means over the processes, so
+    that several processes train as one does. (Released: the class and existence terms are normalised
+    per process; on one process it is the same.)
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        class_weight: float,
+        mask_weight: float,
+        dice_weight: float,
+        aux_weight: float,
+        existence_weight: float,
+        not_referred_weight: float,
+        num_points: int,
+        oversample_ratio: float,
+        importance_ratio: float,
+    ):
+        """
+        Args:
+            class_weight, mask_weight, dice_weight: of the terms, in the loss and in the matching.
+            aux_weight: lambda_aux, weight of all rounds but the last.
+            not_referred_weight: of unmatched queries in the class term; matched ones weigh 1.
+            num_points: P per mask, in matching and loss.
+            oversample_ratio: candidates per point of the loss, >= 1.
+            importance_ratio: share of points at the most uncertain candidates, in [0, 1].
+
+        Raises:
+            ValueError: num_points, oversample_ratio or importance_ratio out of range.
+        """
+        super().__init__()
+        if num_points < 1 or oversample_ratio < 1 or not 0 <= importance_ratio <= 1:
+            raise ValueError(
+                "MODEL.DERIS needs NUM_POINTS >= 1, OVERSAMPLE_RATIO >= 1 and IMPORTANCE_RATIO in "
+                f"[0, 1], not {num_points}, {oversample_ratio}, {importance_ratio}"
+            )
+        self.class_weight = class_weight
+        self.mask_weight = mask_weight
+        self.dice_weight = dice_weight
+        self.aux_weight = aux_weight
+        self.existence_weight = existence_weight
+        self.not_referred_weight = not_referred_weight
+        self.num_points = num_points
+        self.oversample_ratio = oversample_ratio
+        self.importance_ratio = importance_ratio
+        self.matcher = HungarianMatcher(
+            class_weight=class_weight,
+            mask_weight=mask_weight,
+            dice_weight=dice_weight,
+            num_points=num_points,
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        deris = cfg.MODEL.DERIS
+        return {
+            "class_weight": deris.CLASS_WEIGHT,
+            "mask_weight": deris.MASK_WEIGHT,
+            "dice_weight": deris.DICE_WEIGHT,
+            "aux_weight": deris.AUX_WEIGHT,
+            "existence_weight": cfg.MODEL.RIS.EXISTENCE_WEIGHT,
+            "not_referred_weight": deris.NOT_REFERRED_WEIGHT,
+            "num_points": deris.NUM_POINTS,
+            "oversample_ratio": deris.OVERSAMPLE_RATIO,
+            "importance_ratio": deris.IMPORTANCE_RATIO,
+        }
+
+    def forward(
+        self,
+        rounds: Sequence[dict[str, Tensor]],
+        existence_logits: Tensor,
+        instance_masks: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        names: Sequence[str],
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            rounds: R of them, the last one final: "mask_logits" (E, Q, h, w), as the mask head gives
+                them, not upsampled; "class_logits" (E, Q, 2), before softmax, class 0 = referred,
+                1 = not. A round without "class_logits" (query flows that score once) is matched and
+                supervised on masks alone; the last one has them.
+            existence_logits: (E,), before sigmoid; positive = a target exists.
+            instance_masks: per unit bool (N, H, W) at the model's input size (padded if smaller), at
+                which losses are taken.
+            targets: per unit bool (E of the unit, N): which instances each expression refers to.
+            names: per unit, for messages.
+
+        Returns:
+            weighted scalars: loss_class, loss_mask, loss_dice of the last round, the same with
+            _0, _1, ... of the rounds before it (loss_class_r only where there are scores), and
+            loss_existence. The same names on every step; without any target, mask terms are 0.
+
+        Raises:
+            FloatingPointError: the costs of matching are infinite or NaN; names the images.
+        """
+        device = existence_logits.device
+        with torch.autocast(device.type, enabled=False):
+            masks, owners = _referred(instance_masks, targets, device)
+            unit_sizes = [len(rows) for rows in targets]
+            queries, matched = self.matcher(
+                rounds,
+                masks,
+                owners,
+                [name for name, size in zip(names, unit_sizes, strict=True) for _ in range(size)],
+            )
+            expressions = owners[matched]
+            class_losses = self._class_losses(rounds, expressions, queries)
+            mask_losses, dice_losses = self._mask_losses(
+                rounds, expressions, queries, masks, matched
+            )
+            exists = torch.cat([rows.any(1) for rows in targets]).to(device)
+            existence = F.binary_cross_entropy_with_logits(
+                existence_logits.float(), exists.float(), reduction="sum"
+            ) / mean_over_processes(len(exists), device)
+        losses = {"loss_existence": self.existence_weight * existence}
+        last = len(rounds) - 1
+        for number in range(len(rounds)):
+            suffix, weight = ("", 1.0) if number == last else (f"_{number}", self.aux_weight)
+            if number in class_losses:
+                losses[f"loss_class{suffix}"] = weight * self.class_weight * class_losses[number]
+            losses[f"loss_mask{suffix}"] = weight * self.mask_weight * mask_losses[number]
+            losses[f"loss_dice{suffix}"] = weight * self.dice_weight * dice_losses[number]
+        return losses
+
+    def _class_losses(
+        self, rounds: Sequence[dict[str, Tensor]], expressions: Tensor, queries: Tensor
+    ) -> dict[int, Tensor]:
+        """Two-class cross-entropy, weighted mean over all queries: round -> scalar."""
+        numbers = [number for number, outputs in enumerate(rounds) if "class_logits" in outputs]
+        logits = torch.stack([rounds[number]["class_logits"].float() for number in numbers])
+        labels = torch.ones(logits.shape[:3], dtype=torch.int64, device=logits.device)
+        slots = torch.arange(len(numbers), device=logits.device)[:, None]
+        labels[slots, expressions[numbers], queries[numbers]] = 0
+        weight = logits.new_tensor([1.0, self.not_referred_weight])
+        losses = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), weight, reduction="none")
+        # All rounds match equally many queries: one normaliser.
+        count = mean_over_processes(float(weight[labels[0]].sum()), logits.device)
+        return dict(zip(numbers, losses.view(len(numbers), -1).sum(1) / count, strict=True))
+
+    def _mask_losses(
+        self,
+        rounds: Sequence[dict[str, Tensor]],
+        expressions: Tensor,
+        queries: Tensor,
+        masks: Tensor,
+        matched: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and dice on points: (R,), (R,)."""
+        logits = torch.cat(
+            [
+                outputs["mask_logits"][e, q]
+                for outputs, e, q in zip(rounds, expressions, queries, strict=True)
+            ]
+        )
+        size = masks.shape[-2:]
+        points = draw_uncertain_points(
+            logits,
+            size,
+            num_points=self.num_points,
+            oversample_ratio=self.oversample_ratio,
+            importance_ratio=self.importance_ratio,
+        )
+        truths = sample_masks(masks[matched.flatten()], points)
+        logits = sample_upsampled(logits[:, None], points, size)[:, 0]
+        bce = F.binary_cross_entropy_with_logits(logits, truths, reduction="none").mean(1)
+        probabilities = logits.sigmoid()
+        overlap = (probabilities * truths).sum(1)
+        dice = 1 - (2 * overlap + 1) / (probabilities.sum(1) + truths.sum(1) + 1)
+        count = max(mean_over_processes(len(masks), logits.device), 1.0)
+        return bce.view(matched.shape).sum(1) / count, dice.view(matched.shape).sum(1) / count
+
+
+def _referred(
+    instance_masks: Sequence[Tensor], targets: Sequence[Tensor], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Referred instances of all expressions: masks float (M, H, W), their expressions int64 (M,)."""
+    owners, masks, first = [], [], 0
+    for unit_masks, unit_targets in zip(instance_masks, targets, strict=True):
+        expression, instance = unit_targets.to(device).nonzero(as_tuple=True)
+        owners.append(first + expression)
+        masks.append(unit_masks.to(device)[instance])
+        first += len(unit_targets)
+    return torch.cat(masks).float(), torch.cat(owners)
