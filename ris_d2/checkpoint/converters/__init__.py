@@ -8,12 +8,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from . import beit3
+from . import beit3, bert
 from .base import Converter, unwrap_state_dict
 
 __all__ = ["CONVERTERS", "Converter", "convert_state_dict", "get_converter", "unwrap_state_dict"]
 
-CONVERTERS: dict[str, Converter] = {"beit3": beit3.CONVERTER}
+CONVERTERS: dict[str, Converter] = {"beit3": beit3.CONVERTER, "bert": bert.CONVERTER}
 
 
 def get_converter(source: str) -> Converter:

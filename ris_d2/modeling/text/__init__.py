@@ -26,6 +26,7 @@ def build_text_encoder(cfg: CfgNode) -> nn.Module:
     return TEXT_ENCODER_REGISTRY.get(name)(cfg)
 
 
-from .clip_text import RISCLIPText  # noqa: E402  (it registers itself above)
+from .bert import BertStack, RISBert  # noqa: E402
+from .clip_text import RISCLIPText  # it registers itself above
 
-__all__ = ["TEXT_ENCODER_REGISTRY", "RISCLIPText", "build_text_encoder"]
+__all__ = ["TEXT_ENCODER_REGISTRY", "BertStack", "RISBert", "RISCLIPText", "build_text_encoder"]
