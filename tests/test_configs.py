@@ -114,4 +114,5 @@ def test_every_key_is_read(tmp_path, monkeypatch):
         cfg = get_ris_cfg()
         cfg.MODEL.RIS.TEXT.NAME = name
         build_text_encoder(Recorder.of(cfg))
+    DeRISCriterion.from_config(Recorder.of(get_ris_cfg()))
     assert ours - Recorder.seen == set()
