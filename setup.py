@@ -13,6 +13,7 @@ setup(
     description="Referring image segmentation for detectron2",
     python_requires=">=3.10",
     packages=find_packages(include=["ris_d2", "ris_d2.*"]),
+    package_data={"ris_d2.data": ["*.json"]},
     install_requires=[
         "torch>=2.5",
         "numpy",

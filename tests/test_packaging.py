@@ -71,3 +71,17 @@ def test_a_missing_dependency_says_how_to_get_it(module, advice):
     message = result.stderr.rpartition("ImportError: ")[2]
     assert message.startswith(f"ris_d2 needs {module}, which does not import here")
     assert advice in message
+
+
+def test_files_that_are_no_modules_are_packaged(declared):
+    others = {
+        p for p in (ROOT / "ris_d2").rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    }
+    others -= set((ROOT / "ris_d2").rglob("*.py"))
+    packaged = {
+        path
+        for package, patterns in declared["package_data"].items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    assert others == packaged

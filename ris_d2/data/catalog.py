@@ -1,4 +1,4 @@
-"""Dataset names and files in detectron2's catalogs; mixtures without leaked images."""
+"""Dataset names and files in detectron2's catalogs; mixtures without leaked images; seen classes."""
 
 import logging
 import os
@@ -9,9 +9,10 @@ from functools import lru_cache, partial
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..io import dataset_root
+from .classes import COCO_48_17, GROUPS, load_class_list, select_classes
 from .grefer import load_grefer
 from .phrasecut import load_phrasecut
-from .records import forget_instances
+from .records import forget_instances, load_instances
 from .refclef import load_refclef
 from .refer import MissingSplitError, load_refer
 from .ris_json import load_ris_json
@@ -25,7 +26,9 @@ logger = logging.getLogger(__name__)
 class Dataset:
     """One dataset with one division into splits, and where its files lie under the root.
 
-    Its splits are registered as ``<name>_<split>``; all but train are for evaluation.
+    Its splits are registered as ``<name>_<split>``; all but train are for evaluation. Of a dataset
+    with one target of a known class per expression, so are ``train_seen`` and, for each other split,
+    ``<split>_seen``, ``<split>_unseen``, and ``<split>_open`` with both.
     """
 
     name: str
@@ -40,8 +43,17 @@ class Dataset:
         """The annotation files of ``split`` under ``root``."""
         return [os.path.join(root, file.format(split=split)) for file in self.files]
 
+    def class_splits(self) -> tuple[str, ...]:
+        """The names of the splits by object class."""
+        if self.reader is not load_refer:
+            return ()
+        evaluation = [split for split in self.splits if split != "train"]
+        return ("train_seen", *(f"{s}_{kind}" for s in evaluation for kind in (*GROUPS, "open")))
+
     def load(self, root: str, split: str) -> list[dict]:
         """Read the records of ``split`` from the files under ``root``."""
+        if split in self.class_splits():
+            return self._load_classes(root, *split.split("_"))
         paths, image_root = self.paths(root, split), os.path.join(root, self.image_root)
         missing = [os.path.abspath(path) for path in paths if not os.path.exists(path)]
         if missing:
@@ -53,6 +65,18 @@ class Dataset:
         if self.reader is load_phrasecut:  # one file per split
             return self.reader(*paths, image_root, source=self.source)
         return self.reader(*paths, image_root, split, source=self.source)
+
+    def _load_classes(self, root: str, split: str, kind: str) -> list[dict]:
+        records = self.load(root, split)
+        instances = self.paths(root, split)[1]
+        own_list = os.path.join(os.path.dirname(instances), "seen_unseen.json")
+        return select_classes(
+            records,
+            GROUPS if kind == "open" else (kind,),
+            classes=load_class_list(own_list if os.path.exists(own_list) else COCO_48_17),
+            category_names=load_instances(instances).category_names(),
+            name=f"{self.name}_{split}",
+        )
 
 
 def _refer(name: str, folder: str, splitby: str, splits: tuple[str, ...], **changes) -> Dataset:
@@ -129,7 +153,11 @@ MIXTURES: dict[str, tuple[str, ...]] = {
 def _names() -> dict[str, tuple[Dataset, str]]:
     by_name = {dataset.name: dataset for dataset in DATASETS}
     named = {**by_name, **{alias: by_name[name] for alias, name in _ALIASES.items()}}
-    return {f"{name}_{split}": (d, split) for name, d in named.items() for split in d.splits}
+    return {
+        f"{name}_{split}": (dataset, split)
+        for name, dataset in named.items()
+        for split in dataset.splits + dataset.class_splits()
+    }
 
 
 _SPLITS = _names()

@@ -81,7 +81,9 @@ class InstanceTable:
         self._positions = None
         if any(isinstance(annotation_id, str) for annotation_id in self._annotations):
             self._positions = {id_: i for i, id_ in enumerate(self._annotations, start=1)}
-        category_ids = sorted(self._by_id(categories, "categories"))
+        categories = self._by_id(categories, "categories")
+        category_ids = sorted(categories)
+        self._categories = [categories[category_id] for category_id in category_ids]
         self._category_index = {category_id: i for i, category_id in enumerate(category_ids)}
         self._has_categories = "categories" in data
 
@@ -96,6 +98,11 @@ class InstanceTable:
             twice = next(item["id"] for item in items if item["id"] in seen or seen.add(item["id"]))
             raise ValueError(f"{self.path}: {name}: id {twice!r} occurs twice")
         return found
+
+    def category_names(self) -> list[str]:
+        """The categories' names, in the order of the contiguous ids that annotations get."""
+        where = f"{self.path}: categories"
+        return [text_field(category, "name", where) for category in self._categories]
 
     def image(self, image_id: int, where: str) -> dict:
         """Return {"file_name" (as in the file), "image_id", "height", "width"} of one image."""

@@ -45,7 +45,15 @@ def test_every_dataset_is_registered_under_relas_name():
     names += [f"ris_grefshapes_{split}" for split in ("train", "val", "testA", "testB", "heldout")]
     assert set(names) <= set(DatasetCatalog.list())
     registered = {name for name in DatasetCatalog.list() if name.startswith("ris_")}
-    assert registered - set(names) == {"ris_refcoco_mixed_train"}
+    others = registered - set(names) - {"ris_refcoco_mixed_train"}
+    # By object class, for the families with one target of a known class per expression.
+    assert others == {
+        f"ris_{family}_{split}_{kind}"
+        for family in (*(f"{name}_{by}" for name, by, _ in RELA[:-1]), "refshapes")
+        for split in ("train", "val", "testA", "testB", "test")
+        for kind in ("seen", "unseen", "open")
+        if f"ris_{family}_{split}" in names and (split != "train" or kind == "seen")
+    }
 
 
 def test_registering_reads_no_file_and_may_be_repeated(catalog, monkeypatch):
