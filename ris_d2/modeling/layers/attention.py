@@ -11,15 +11,23 @@ class MultiheadAttention(nn.Module):
     evaluation (``nn.MultiheadAttention`` switches to a fused kernel that they do not count).
     """
 
-    def __init__(self, *, dim: int, num_heads: int):
+    def __init__(
+        self, *, dim: int, num_heads: int, dropout: float = 0.0, out_proj: bool = True
+    ):
+        """
+        Args:
+            dropout: of attention weights, in training.
+            out_proj: project what the heads gathered, once more.
+        """
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
+        self.dropout = dropout
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim) if out_proj else nn.Identity()
 
     def forward(
         self,
@@ -32,20 +40,22 @@ class MultiheadAttention(nn.Module):
         """Let each query attend the context.
 
         Args:
-            query: (B, Q, dim).
-            context: (B, K, dim), the keys, and the values unless those are given.
+            query: (B, Q, query_dim).
+            context: (B, K, context_dim), the keys, and the values unless those are given.
             keep: bool (B, K) or (B, Q, K), True where a key may be attended; None = everywhere.
-            values: (B, K, dim), where keys carry positions and values do not.
+            values: (B, K, context_dim), where keys carry positions and values do not.
 
         Returns:
-            (B, Q, dim)
+            (B, Q, query_dim)
         """
         q, k = self._split(self.query(query)), self._split(self.key(context))
         v = self._split(self.value(context if values is None else values))
         mask = keep
         if keep is not None:
             mask = keep[:, None, None, :] if keep.ndim == 2 else keep[:, None]
-        return self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        return self.out(attended.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
