@@ -20,10 +20,10 @@ import math
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,6 +37,12 @@ from tabulate import tabulate
 from ris_d2 import load_config
 from ris_d2.data import refshapes
 from ris_d2.data.loader import build_test_loader
+from ris_d2.engine.follow import (
+    describe_progress,
+    follow_training,
+    minutes_and_seconds,
+    read_history,
+)
 from ris_d2.evaluation import ReferringEvaluator
 from ris_d2.evaluation.metrics import gres_iou
 from ris_d2.evaluation.report import finite_or_null
@@ -63,9 +69,6 @@ BARS = {"gIoU": 60.0, "T_acc": 85.0, "N_acc": 50.0, "over_shuffled": 20.0}
 SHEET_ROWS = {"single": 4, "multi": 3, "none": 3}
 CURVE_COLORS = ("#e66e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito
 PROGRESS_SECONDS = 20
-# glibc gives the memory of large tensors back and asks for it again at every step of a small model
-# on a CPU; to keep it saves 15 % of the step.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -98,7 +101,7 @@ def main(arguments: list[str] | None = None) -> dict:
     shuffled = _evaluate(cfg, listener, os.path.join(args.output, "val_shuffled"))
 
     print("[4/4] drawing", flush=True)
-    history = _history(cfg.OUTPUT_DIR)
+    history = read_history(cfg.OUTPUT_DIR)
     _draw_curve(history, os.path.join(args.output, "training_curve.png"))
     sheet = contact_sheet(
         list(_sheet_rows(predictor)),
@@ -160,63 +163,23 @@ def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
     resume = os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     command = _command(args, *(["--resume"] if resume else [])) + ["OUTPUT_DIR", cfg.OUTPUT_DIR]
     print(f"      {shlex.join(command)}", flush=True)
-    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    console = os.path.join(cfg.OUTPUT_DIR, "console.txt")
-    with open(console, "a") as file:
-        process = subprocess.Popen(
-            [sys.executable, *command[1:]],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**KEEP_MEMORY, **os.environ},
+    progress = partial(_print_progress, cfg)
+    try:
+        status = follow_training(
+            [sys.executable, *command[1:]], cfg.OUTPUT_DIR, progress, every=PROGRESS_SECONDS
         )
-        try:
-            _follow(process, cfg)
-        except KeyboardInterrupt:
-            sys.exit("\nstopped; run it again to go on from the last checkpoint")
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    if process.returncode:
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; run it again to go on from the last checkpoint")
+    if status:
+        console = os.path.join(cfg.OUTPUT_DIR, "console.txt")
         with open(console) as file:
             tail = "".join(file.readlines()[-25:])
-        sys.exit(f"{tail}\ntraining failed (status {process.returncode}); all of it in {console}")
+        sys.exit(f"{tail}\ntraining failed (status {status}); all of it in {console}")
 
 
-def _follow(process: subprocess.Popen, cfg: CfgNode) -> None:
-    begin, shown = time.perf_counter(), None
-    while True:
-        try:
-            process.wait(PROGRESS_SECONDS)
-            return
-        except subprocess.TimeoutExpired:
-            pass
-        history = [line for line in _history(cfg.OUTPUT_DIR) if "total_loss" in line]
-        last = history[-1] if history else {}
-        elapsed = _minutes(time.perf_counter() - begin)
-        if not last or last["iteration"] == shown:
-            done = last.get("iteration", -1) + 1 >= cfg.SOLVER.MAX_ITER
-            print(f"      {elapsed}  {'evaluating' if done else 'working'} ...", flush=True)
-            continue
-        shown = last["iteration"]
-        print(
-            f"      {elapsed}  iteration {shown + 1:5d} of {cfg.SOLVER.MAX_ITER}"
-            f"  loss {last['total_loss']:.3f}  {_minutes(last.get('eta_seconds', 0))} to go",
-            flush=True,
-        )
-
-
-def _history(output_dir: str) -> list[dict]:
-    """The log lines of the training by iteration; a line that a resumed run repeats counts once."""
-    path = os.path.join(output_dir, "metrics.json")
-    lines: dict[int, dict] = {}
-    if os.path.exists(path):
-        with open(path) as file:
-            for line in file:
-                if line.endswith("\n"):  # the last one may be half written
-                    record = json.loads(line)
-                    lines.setdefault(record["iteration"], {}).update(record)
-    return [lines[i] for i in sorted(lines)]
+def _print_progress(cfg: CfgNode, seconds: float) -> None:
+    history = read_history(cfg.OUTPUT_DIR)
+    print(f"      {describe_progress(seconds, history, cfg.SOLVER.MAX_ITER)}", flush=True)
 
 
 class _OtherSentence(torch.nn.Module):
@@ -338,8 +301,8 @@ def _print_summary(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None
     ]
     print("\n" + tabulate(rows, headers=("bar", "", "reached", ""), disable_numparse=True))
     print(
-        f"\n{_minutes(report['total_seconds'])} on {report['torch_threads']} threads, "
-        f"training {_minutes(report['training_seconds'])} of it"
+        f"\n{minutes_and_seconds(report['total_seconds'])} on {report['torch_threads']} threads, "
+        f"training {minutes_and_seconds(report['training_seconds'])} of it"
     )
     for name in ("contact_sheet.png", "training_curve.png", "metrics.json"):
         print(f"  {os.path.join(args.output, name)}")
@@ -350,10 +313,6 @@ def _print_summary(args: argparse.Namespace, cfg: CfgNode, report: dict) -> None
 
 def _percent(value: float) -> str:
     return "n/a" if math.isnan(value) else f"{value:.2f}"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60:2d} min {int(seconds) % 60:02d} s"
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

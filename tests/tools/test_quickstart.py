@@ -96,22 +96,6 @@ def test_other_sentence_exchanges_words_for_other_targets(quickstart):
     assert original["input_ids"][:, 0].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_history_survives_resume_and_a_half_written_line(quickstart, tmp_path):
-    lines = [
-        {"iteration": 19, "total_loss": 2.0},
-        {"iteration": 39, "total_loss": 1.5},
-        {"iteration": 39, "referring/gIoU": 10.0},
-        {"iteration": 39, "total_loss": 1.4},
-    ]
-    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"iteration": 59, "tot'
-    (tmp_path / "metrics.json").write_text(text)
-    assert quickstart._history(str(tmp_path)) == [
-        {"iteration": 19, "total_loss": 2.0},
-        {"iteration": 39, "total_loss": 1.4, "referring/gIoU": 10.0},
-    ]
-    assert quickstart._history(str(tmp_path / "absent")) == []
-
-
 def test_the_scenes_of_the_quickstart_are_as_promised(quickstart):
     """3 to 5 shapes; at least 20 % of the expressions without target, 20 % with several."""
     scenes = quickstart.refshapes.generate("val", 150, quickstart.SCENES)
