@@ -44,7 +44,9 @@ def add_ris_config(cfg: CN) -> None:
     _add_beit3_keys(cfg)
     _add_clip_keys(cfg)
     _add_bert_keys(cfg)
+    _add_vit_keys(cfg)
     _add_shared_ris_keys(cfg)
+    _add_risam_keys(cfg)
     _add_deris_keys(cfg)
 
 
@@ -154,6 +156,9 @@ def _add_test_keys(cfg: CN) -> None:
     cfg.TEST.MAX_EXPRESSIONS = 32  # expressions segmented at once in evaluation (bounds memory)
     cfg.TEST.NO_TARGET_MIN_AREA = 50  # pixels at output size, for MODEL.RIS.NO_TARGET "area"
     cfg.TEST.BEST_METRIC = "gIoU"  # keeps model_best.pth; mean over DATASETS.TEST
+    # Methods that predict instances return all of them: the report then tells masks that were not
+    # there from masks that were not chosen (oracle_mIoU).
+    cfg.TEST.INSTANCES = False
     cfg.TEST.SAVE_PREDICTIONS = False  # write predictions.jsonl (RLE) next to results.json
 
 
@@ -178,6 +183,15 @@ def _add_beit3_keys(cfg: CN) -> None:
 
 
 def _add_clip_keys(cfg: CN) -> None:
+    # RISCLIPViT; defaults are ViT-B/16.
+    cfg.MODEL.RIS.CLIP_VIT = CN()
+    cfg.MODEL.RIS.CLIP_VIT.PATCH_SIZE = 16  # P
+    cfg.MODEL.RIS.CLIP_VIT.DIM = 768
+    cfg.MODEL.RIS.CLIP_VIT.DEPTH = 12  # N
+    cfg.MODEL.RIS.CLIP_VIT.NUM_HEADS = 12
+    # patch: CLIP's linear patch embedding; conv: stride-2 3x3 convolutions (ours, for training from
+    # scratch on small data).
+    cfg.MODEL.RIS.CLIP_VIT.STEM = "patch"
     # RISCLIPText; defaults are the text transformer of CLIP ViT-B/16 (ViT-L/14: 768, 12, 12).
     cfg.MODEL.RIS.TEXT.CLIP = CN()
     cfg.MODEL.RIS.TEXT.CLIP.DIM = 512
@@ -201,12 +215,82 @@ def _add_bert_keys(cfg: CN) -> None:
     cfg.MODEL.RIS.TEXT.BERT.INIT = "released"
 
 
+def _add_vit_keys(cfg: CN) -> None:
+    # RISSAMViT backbone; defaults are SAM ViT-H (L: 1024, 24, 16, blocks 5 11 17 23; B: 768, 12, 12,
+    # blocks 2 5 8 11).
+    cfg.MODEL.RIS.SAM = CN()
+    cfg.MODEL.RIS.SAM.EMBED_DIM = 1280
+    cfg.MODEL.RIS.SAM.DEPTH = 32
+    cfg.MODEL.RIS.SAM.NUM_HEADS = 16
+    cfg.MODEL.RIS.SAM.PATCH_SIZE = 16
+    cfg.MODEL.RIS.SAM.WINDOW_SIZE = 14
+    # Blocks (0-based) with global attention; their outputs are the features global1, global2, ...
+    cfg.MODEL.RIS.SAM.GLOBAL_BLOCKS = (7, 15, 23, 31)
+    cfg.MODEL.RIS.SAM.NECK = False  # one more feature, neck: what SAM's own mask decoder reads
+    # RISViT backbone: a ViT of timm, and the blocks (0-based) whose outputs are the features block<i>.
+    cfg.MODEL.RIS.VIT = CN()
+    cfg.MODEL.RIS.VIT.NAME = "vit_base_patch16_224"
+    cfg.MODEL.RIS.VIT.OUT_BLOCKS = (5, 8, 11)
+
+
+def _add_risam_keys(cfg: CN) -> None:
+    # RISAM (papers' Tables 2 to 7, 9, 11 and Fig. 8 are its ablations). The backbone is
+    # MODEL.BACKBONE.NAME: RISSAMViT | RISViT | RISSwin. "Ours" marks what the paper leaves open.
+    cfg.MODEL.RISAM = CN()
+    cfg.MODEL.RISAM.DIM = 256  # C; the paper's 6M trainable parameters leave no other power of two
+    cfg.MODEL.RISAM.IN_FEATURES = ("global2", "global3", "global4")  # F_v1, F_v2, F_v3
+    # Pixels per cell of the grid H x W of the head; features of other strides are resized to it.
+    cfg.MODEL.RISAM.STRIDE = 16
+    cfg.MODEL.RISAM.NORM = "BN"  # BN | SyncBN (over all processes, on the CPU, too) | GN | ...
+    # What Fig. 3's caption calls "Pos. Enc." of the words: sine | learned | none (ours: sine).
+    cfg.MODEL.RISAM.LANG_POS_ENC = "sine"
+    cfg.MODEL.RISAM.MASK_PAD = True  # no attention reads padded words (ours)
+    # Feature Enhancement. TYPE: fusion | linear (last feature, projected; Table 2 #1) | identity (last
+    # feature as it is; Table 11) | vitdet (pyramid of the last feature; Table 6).
+    cfg.MODEL.RISAM.FE = CN()
+    cfg.MODEL.RISAM.FE.TYPE = "fusion"
+    cfg.MODEL.RISAM.FE.MLP_LAYERS = 2  # linear layers per MLP (ours)
+    cfg.MODEL.RISAM.FE.NUM_CONVS = 1  # 3x3 convolutions per CBA (ours)
+    # ma (Mutual-Aware Attention) | conv (Table 2 #2) | te, sdf, bcm (Table 3) | none (Table 11)
+    cfg.MODEL.RISAM.FUSION = "ma"
+    cfg.MODEL.RISAM.MA = CN()
+    cfg.MODEL.RISAM.MA.NUM_BLOCKS = 2  # Table 4; also the blocks of sdf, bcm and te
+    cfg.MODEL.RISAM.MA.USE_MASK = True  # the mask M of Eq. 4; False: Table 3 #8
+    # Region and word with sigmoid(S) below tau are masked (Fig. 8). Not MODEL.RIS.MASK_THRESHOLD,
+    # which is 0.35, too, in the published recipe.
+    cfg.MODEL.RISAM.MA.TAU = 0.35
+    # Rows of A^T in Eq. 5: none (as printed; sums of about 241 that drown the words) | sum (divided
+    # by their sum; ours) | softmax (of S^T over regions).
+    cfg.MODEL.RISAM.MA.LGA_NORM = "sum"
+    # Mask decoder. TYPE: mutual | sam (SAM's own; Table 2 #3).
+    cfg.MODEL.RISAM.DEC = CN()
+    cfg.MODEL.RISAM.DEC.TYPE = "mutual"
+    cfg.MODEL.RISAM.DEC.NUM_BLOCKS = 2  # ours: with it the head has 6M parameters
+    cfg.MODEL.RISAM.DEC.NUM_HEADS = 8  # ours; of all attention in the head but Eq. 3's, which has one
+    cfg.MODEL.RISAM.DEC.OUT_PROJ = True  # a fourth linear layer per attention (ours)
+    cfg.MODEL.RISAM.DEC.NORM = "none"  # after residual sums: none (Eq. 6, 8, 9) | LN
+    cfg.MODEL.RISAM.DEC.FFN_DIM = 0  # hidden width of an MLP per block and stream; 0: none (Eq. 6-9)
+    cfg.MODEL.RISAM.DEC.DROPOUT = 0.0
+    cfg.MODEL.RISAM.DEC.TOI_A = False  # tokens attend the pixels, too (Table 5 #9)
+    cfg.MODEL.RISAM.DEC.ELG = True  # words enter the decoder; False: the query token alone (#10)
+    cfg.MODEL.RISAM.DEC.UP_DIMS = (128, 64)  # channels after each upsampling x2 (ours)
+    cfg.MODEL.RISAM.FOCAL_WEIGHT = 0.5  # omega_f
+    cfg.MODEL.RISAM.FOCAL_GAMMA = 2.0  # gamma
+    cfg.MODEL.RISAM.FOCAL_ALPHA = -1.0  # weight of the foreground; -1: none, as in Eq. 10
+    cfg.MODEL.RISAM.DICE_WEIGHT = 0.5  # omega_d
+    # Added to both sides of Eq. 11's fraction, which is printed without (ours). Far below a pixel, so
+    # that the loss of an empty target is constant; 1 lets it teach, too.
+    cfg.MODEL.RISAM.DICE_SMOOTH = 1e-6
+
+
 def _add_shared_ris_keys(cfg: CN) -> None:
-    # Shared-RIS (papers' Tables III, VII, VIII are its ablations).
+    # Shared-RIS (papers' Tables III, IV, VII, VIII are its ablations).
     cfg.MODEL.SHARED_RIS = CN()
     cfg.MODEL.SHARED_RIS.DIM = 512  # d_w
     cfg.MODEL.SHARED_RIS.NUM_HEADS = 8
-    # Shared FPN: encoder layers j that it taps (1-based; Table VII a). [] = no FPN: z = W h_L.
+    # shared: the paper's; cris, pwam: those of CRIS and of LAVT in its place (Table IV).
+    cfg.MODEL.SHARED_RIS.FPN = "shared"
+    # FPN: encoder layers j that it taps (1-based; Table VII a). [] = no FPN: z = W h_L.
     cfg.MODEL.SHARED_RIS.STAGES = (3, 6, 9, 12)
     # W_j of Eq. 6 for visual and textual tokens apart: only this reading gives the paper's
     # parameter counts. False = one W_j, Eq. 6 to the letter.
@@ -224,6 +308,34 @@ def _add_shared_ris_keys(cfg: CN) -> None:
 
 def _add_deris_keys(cfg: CN) -> None:
     cfg.MODEL.DERIS = CN()
+    # Cognition branch: "RISBEiT3", which reads the view "cognition" together with the sentence, or
+    # "text": the encoder MODEL.RIS.TEXT.NAME reads the sentence alone, and there is no f_v.
+    cfg.MODEL.DERIS.COGNITION = "RISBEiT3"
+    cfg.MODEL.DERIS.DIM = 256  # channels of queries and of all that they meet
+    cfg.MODEL.DERIS.NUM_HEADS = 8
+    cfg.MODEL.DERIS.FFN_DIM = 2048  # of perception and cognition layers
+    cfg.MODEL.DERIS.NUM_QUERIES = 10  # N; 20 for gRefCOCO
+    cfg.MODEL.DERIS.ROUNDS = 3  # N_r, perception layers
+    # Who hands queries to whom. loopback: a cognition layer after each perception layer and before
+    # the first. Ours, for want of released code: p_to_c (all perception layers, then one cognition
+    # layer), c_to_p (one cognition layer on the initial queries, then all perception layers),
+    # hierarchical (p_to_c with f_v added at each level of the pixel decoder).
+    cfg.MODEL.DERIS.QUERY_FLOW = "loopback"
+    cfg.MODEL.DERIS.VISUAL_FEATURES = True  # f_v in f_m = Conv(Concat(f_h4, f_v)); False: f_h4 alone
+    # Positions that the cognition layers add to words: sine, or released: its frequencies are cast
+    # to integers, so that all but the first are 0; released weights need it.
+    cfg.MODEL.DERIS.TEXT_POSITIONS = "released"
+    # Decoder over the words behind the existence head (non-referent judgment).
+    cfg.MODEL.DERIS.EXISTENCE_LAYERS = 3
+    cfg.MODEL.DERIS.EXISTENCE_FFN_DIM = 512
+    cfg.MODEL.DERIS.EXISTENCE_DROPOUT = 0.1
+    # T_ref: queries with a higher referring score make up the mask; without any, nothing is there
+    # (MODEL.RIS.NO_TARGET "head"). Published numbers: 0.7, DeRIS-L on gRefCOCO 0.9.
+    cfg.MODEL.DERIS.SCORE_THRESHOLD = 0.7
+    # Multiply the scores by the existence probability. Released: an option that no table uses.
+    cfg.MODEL.DERIS.SCORE_WEIGHTED = False
+    # Where no query exceeds T_ref, keep the best one (RIS without absent targets; ours).
+    cfg.MODEL.DERIS.KEEP_BEST = False
     # Loss and matching cost of a round. The paper's text sets all weights to 1; the released code,
     # on whose results its tables rest, multiplies 1 by Mask2Former's 2, 5 and 5.
     cfg.MODEL.DERIS.CLASS_WEIGHT = 2.0  # lambda_r

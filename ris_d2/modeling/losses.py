@@ -11,11 +11,27 @@ def mask_bce(logits: Tensor, targets: Tensor) -> Tensor:
     return loss.flatten(1).mean(1)
 
 
-def mask_dice(logits: Tensor, targets: Tensor) -> Tensor:
-    """Dice loss 1 - (2 sum(pg) + 1) / (sum p + sum g + 1): (E, H, W), (E, H, W) -> (E,)."""
+def mask_focal(logits: Tensor, targets: Tensor, *, alpha: float, gamma: float) -> Tensor:
+    """Focal loss (Lin et al., ICCV 2017), mean over pixels: (E, H, W), (E, H, W) in {0, 1} -> (E,).
+
+    Args:
+        alpha: weight of foreground, 1 - alpha that of background; negative: no weights.
+        gamma: exponent of (1 - p_t); 0 with a negative alpha is plain cross-entropy.
+    """
+    logits, targets = logits.float(), targets.float()
+    loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    if gamma > 0:
+        loss = loss * (logits.sigmoid() - targets).abs() ** gamma  # |p - t| = 1 - p_t
+    if alpha >= 0:
+        loss = loss * (alpha * targets + (1 - alpha) * (1 - targets))
+    return loss.flatten(1).mean(1)
+
+
+def mask_dice(logits: Tensor, targets: Tensor, *, smooth: float = 1.0) -> Tensor:
+    """Dice loss 1 - (2 sum(pg) + s) / (sum p + sum g + s): (E, H, W), (E, H, W) -> (E,)."""
     probabilities, targets = logits.float().sigmoid().flatten(1), targets.float().flatten(1)
     overlap = (probabilities * targets).sum(1)
-    return 1 - (2 * overlap + 1) / (probabilities.sum(1) + targets.sum(1) + 1)
+    return 1 - (2 * overlap + smooth) / (probabilities.sum(1) + targets.sum(1) + smooth)
 
 
 def mean_over_processes(count: int, device: torch.device) -> float:

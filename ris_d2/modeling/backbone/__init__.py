@@ -1,3 +1,6 @@
 from .beit3 import RISBEiT3
+from .sam_vit import RISSAMViT
+from .vit import RISViT
+from .clip_vit import RISCLIPViT
 
-__all__ = ["RISBEiT3"]
+__all__ = ["RISBEiT3", "RISSAMViT", "RISViT", "RISCLIPViT"]

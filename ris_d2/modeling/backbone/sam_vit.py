@@ -1,0 +1,149 @@
+"""SAM's image encoder (Kirillov et al., "Segment Anything", ICCV 2023), on transformers' SAM."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor, nn
+
+NECK_CHANNELS = 256
+
+
+@BACKBONE_REGISTRY.register()
+class RISSAMViT(Backbone):
+    """ViT with windowed attention and a few blocks of global attention, whose outputs are the features.
+
+    Parameter names are those of transformers' ``SamVisionModel``. Random weights are Xavier's, for
+    training from scratch: the library's own (1e-10) give features of size 1e-8.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        patch_size: int = 16,
+        embed_dim: int = 1280,
+        depth: int = 32,
+        num_heads: int = 16,
+        window_size: int = 14,
+        global_blocks: Sequence[int] = (7, 15, 23, 31),
+        neck: bool = False,
+    ):
+        """The defaults are ViT-H.
+
+        Args:
+            image_size: (H, W), equal and a multiple of ``patch_size``; fixes the position tables.
+            global_blocks: blocks (0-based, increasing, the last block among them) with global attention.
+            neck: also return what SAM's own mask decoder reads. Without it the neck, part of the
+                published encoder, is frozen: nothing would train it.
+
+        Raises:
+            ValueError: if the image is not square or not a multiple of the patch size, or the last
+                block (which nothing would read then) is not global.
+        """
+        super().__init__()
+        from transformers import SamVisionConfig, SamVisionModel
+
+        if image_size[0] != image_size[1] or image_size[0] % patch_size:
+            raise ValueError(
+                f"INPUT.RIS.SIZE is {tuple(image_size)}: SAM takes squares of a multiple of "
+                f"{patch_size} pixels (GEOMETRY longest_side pads other images to one)"
+            )
+        if list(global_blocks) != sorted(set(global_blocks)) or global_blocks[-1] != depth - 1:
+            raise ValueError(
+                f"MODEL.RIS.SAM.GLOBAL_BLOCKS is {tuple(global_blocks)}; it must increase and end "
+                f"with the last block, {depth - 1}"
+            )
+        self.global_blocks = tuple(global_blocks)
+        self.embed_dim, self.patch_size, self.has_neck = embed_dim, patch_size, neck
+        config = SamVisionConfig(
+            hidden_size=embed_dim,
+            output_channels=NECK_CHANNELS,
+            num_hidden_layers=depth,
+            num_attention_heads=num_heads,
+            image_size=image_size[0],
+            patch_size=patch_size,
+            window_size=window_size,
+            global_attn_indexes=list(global_blocks),
+        )
+        self.vision_encoder = SamVisionModel(config).vision_encoder
+        self.apply(_init_weights)
+        nn.init.trunc_normal_(self.vision_encoder.pos_embed, std=0.02)
+        self.vision_encoder.neck.requires_grad_(neck)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
+        sam = cfg.MODEL.RIS.SAM
+        return {
+            "image_size": cfg.INPUT.RIS.SIZE,
+            "patch_size": sam.PATCH_SIZE,
+            "embed_dim": sam.EMBED_DIM,
+            "depth": sam.DEPTH,
+            "num_heads": sam.NUM_HEADS,
+            "window_size": sam.WINDOW_SIZE,
+            "global_blocks": sam.GLOBAL_BLOCKS,
+            "neck": sam.NECK,
+        }
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Encode images.
+
+        Args:
+            images: (B, 3, H, W) of the size that the encoder was built for.
+
+        Returns:
+            "global1", "global2", ...: outputs (B, embed_dim, H/16, W/16) of the blocks with global
+            attention, before the neck and without norm; with ``neck`` also "neck" (B, 256, H/16, W/16).
+        """
+        encoder = self.vision_encoder
+        tokens = encoder.patch_embed(images) + encoder.pos_embed  # channel-last
+        outputs = {}
+        for i, block in enumerate(encoder.layers):
+            tokens = block(tokens)
+            if i in self.global_blocks:
+                outputs[f"global{len(outputs) + 1}"] = tokens.permute(0, 3, 1, 2)
+        if self.has_neck:
+            outputs["neck"] = encoder.neck(tokens)
+        return outputs
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        shape = ShapeSpec(channels=self.embed_dim, stride=self.patch_size)
+        outputs = {f"global{n}": shape for n in range(1, len(self.global_blocks) + 1)}
+        if self.has_neck:
+            outputs["neck"] = ShapeSpec(channels=NECK_CHANNELS, stride=self.patch_size)
+        return outputs
+
+    def fit_state_dict(self, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """Resize the positions of a checkpoint to this model's grid and windows.
+
+        Absolute positions bicubically; relative positions linearly, as SAM itself does where queries and
+        keys are of another number than its table.
+
+        Returns:
+            a new state dict, and the names of the tensors that changed size.
+        """
+        own = self.state_dict()
+        fitted = {}
+        for name, table in state_dict.items():
+            if name not in own or table.shape == own[name].shape:
+                continue
+            if name.endswith("pos_embed"):
+                grid = table.permute(0, 3, 1, 2).float()
+                size = own[name].shape[1:3]
+                grid = F.interpolate(grid, size=size, mode="bicubic", align_corners=False)
+                fitted[name] = grid.permute(0, 2, 3, 1).to(table.dtype)
+            elif name.endswith(("rel_pos_h", "rel_pos_w")):
+                rows = F.interpolate(table.float().T[None], size=len(own[name]), mode="linear")
+                fitted[name] = rows[0].T.to(table.dtype)
+        return {**state_dict, **fitted}, sorted(fitted)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

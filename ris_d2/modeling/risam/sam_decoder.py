@@ -1,0 +1,59 @@
+"""SAM's own mask decoder in the place of RISAM's (Table 2 #3, Table 11), on transformers' SAM."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .mutual_aware_attention import MutualFeatures
+
+
+class SAMMaskDecoder(nn.Module):
+    """The words are sparse prompts. Of SAM's outputs only the single mask is read.
+
+    transformers' decoder cannot mask prompts, so that padded words enter as zero vectors; sentences
+    must then always be of one length, not cut to the longest of a batch.
+    """
+
+    def __init__(self, *, dim: int, num_heads: int, mlp_dim: int = 2048):
+        """SAM's has ``dim`` 256 and 8 heads. What nothing would train (the MLPs of three more masks, and
+        the head for their quality) is frozen."""
+        super().__init__()
+        from transformers import SamMaskDecoderConfig
+        from transformers.models.sam.modeling_sam import SamMaskDecoder
+
+        self.mask_decoder = SamMaskDecoder(
+            SamMaskDecoderConfig(
+                hidden_size=dim,
+                num_attention_heads=num_heads,
+                mlp_dim=mlp_dim,
+                attn_implementation="sdpa",
+            )
+        )
+        self.mask_decoder.iou_prediction_head.requires_grad_(False)
+        self.mask_decoder.output_hypernetworks_mlps[1:].requires_grad_(False)
+        # Fixed parts of SAM's prompt encoder: random Fourier features of positions, and what stands for
+        # "no mask is given".
+        self.register_buffer("position_frequencies", torch.randn(2, dim // 2))
+        self.register_buffer("no_mask", torch.zeros(1, dim))
+
+    def forward(
+        self, features: MutualFeatures, text_mask: Tensor, grid: tuple[int, int]
+    ) -> tuple[Tensor, None]:
+        """As MutualAwareMaskDecoder, but without a query token."""
+        image = features.regions.transpose(1, 2).unflatten(2, grid)
+        masks, _ = self.mask_decoder(
+            image_embeddings=image,
+            image_positional_embeddings=self._positions(grid).expand(len(image), -1, -1, -1),
+            sparse_prompt_embeddings=(features.words * text_mask[..., None])[:, None],
+            dense_prompt_embeddings=self.no_mask[:, :, None, None],
+            multimask_output=False,
+        )
+        return masks[:, 0, 0], None
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """(1, dim, h, w), of the centres of the cells."""
+        y, x = (2 * (torch.arange(n, device=self.no_mask.device) + 0.5) / n - 1 for n in grid)
+        centres = torch.stack([x.expand(*grid), y[:, None].expand(*grid)], -1)
+        phases = 2 * math.pi * centres @ self.position_frequencies
+        return torch.cat([phases.sin(), phases.cos()], -1).permute(2, 0, 1)[None]
