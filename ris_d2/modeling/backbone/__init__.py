@@ -1,6 +1,5 @@
 from .beit3 import RISBEiT3
 from .sam_vit import RISSAMViT
 from .vit import RISViT
-from .clip_vit import RISCLIPViT
 
-__all__ = ["RISBEiT3", "RISSAMViT", "RISViT", "RISCLIPViT"]
+__all__ = ["RISBEiT3", "RISSAMViT", "RISViT"]
