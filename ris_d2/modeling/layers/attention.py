@@ -12,22 +12,36 @@ class MultiheadAttention(nn.Module):
     """
 
     def __init__(
-        self, *, dim: int, num_heads: int, dropout: float = 0.0, out_proj: bool = True
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        query_dim: int | None = None,
+        context_dim: int | None = None,
+        dropout: float = 0.0,
+        out_proj: bool = True,
     ):
         """
         Args:
+            dim: channels of all heads together.
+            query_dim, context_dim: channels of the queries (and the output) and of the context, where
+                they differ from ``dim``.
             dropout: of attention weights, in training.
-            out_proj: project what the heads gathered, once more.
+            out_proj: project what the heads gathered, once more (else the output has ``dim``).
+
+        Raises:
+            ValueError: if the heads do not divide ``dim``.
         """
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+        query_dim, context_dim = query_dim or dim, context_dim or dim
         self.num_heads = num_heads
         self.dropout = dropout
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim) if out_proj else nn.Identity()
+        self.query = nn.Linear(query_dim, dim)
+        self.key = nn.Linear(context_dim, dim)
+        self.value = nn.Linear(context_dim, dim)
+        self.out = nn.Linear(dim, query_dim) if out_proj else nn.Identity()
 
     def forward(
         self,
