@@ -12,7 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
 from ..io import atomic_write
-from .converters import convert_state_dict, get_converter, unwrap_state_dict
+from .converters import convert_released, convert_state_dict, get_converter, unwrap_state_dict
 from .files import file_hash, read_weights
 from .paths import local_path
 
@@ -53,12 +53,13 @@ class _Fit:
 def load_init(model: nn.Module, init: Iterable[Sequence[str]]) -> dict[str, tuple[str, str]]:
     """Fill parts of ``model`` with published weights (MODEL.INIT).
 
-    Each file is read, converted, fitted to the part ``model.weight_parts[source]`` (by the
+    Each file is read, converted, fitted to ``model.weight_parts[source]`` (by the
     ``fit_state_dict`` of its modules, where sizes differ) and loaded. The log says what was used,
     resized, ignored and missing.
 
     Args:
-        model: a meta-architecture with ``weight_parts``: source -> path of a sub-module.
+        model: a meta-architecture with ``weight_parts``: source -> path of a sub-module, or names of
+            several children, which the converted names then begin with.
         init: (source, path) pairs; a path is a file or a URL (https://, hf://, timm://).
 
     Returns:
@@ -72,13 +73,13 @@ def load_init(model: nn.Module, init: Iterable[Sequence[str]]) -> dict[str, tupl
     filled = {}
     for source, path in init:
         converter = get_converter(source)
-        part_name = _part_name(model, source)
-        part = model.get_submodule(part_name)
+        prefix, part = _part(model, source)
         published = read_weights(local_path(path))
         state_dict = _converted(published, source, path)
         fit = _fit(part, state_dict)
         fit.ignored += sorted(_dropped_by_conversion(published, state_dict))
-        logger.info("MODEL.INIT %s from %s into %s: %s", source, path, part_name or "model", fit)
+        into = ", ".join(_part_names(model, source)) or "model"
+        logger.info("MODEL.INIT %s from %s into %s: %s", source, path, into, fit)
         unfilled = [
             name
             for name in fit.missing + fit.misshapen
@@ -91,7 +92,6 @@ def load_init(model: nn.Module, init: Iterable[Sequence[str]]) -> dict[str, tupl
                 "same architecture (depth, width, patch size, vocabulary)?"
             )
         part.load_state_dict(fit.used, strict=False)
-        prefix = f"{part_name}." if part_name else ""
         filled.update({prefix + name: (source, path) for name in fit.used})
     return filled
 
@@ -208,7 +208,7 @@ class RISCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         try:
-            state_dict = unwrap_state_dict(checkpoint.pop("model"))
+            state_dict = convert_released(unwrap_state_dict(checkpoint.pop("model")))
         except ValueError as error:
             raise ValueError(f"{self._loading}: {error}") from error
         fit = _fit(self.model, state_dict)
@@ -225,7 +225,7 @@ class RISCheckpointer(DetectionCheckpointer):
         self._filled_by_init = {k: v for k, v in filled.items() if k not in fit.used}
 
     def _names_that_init_fills(self, init: Iterable[Sequence[str]]) -> set[str]:
-        parts = [_part_name(self.model, source) for source, _ in init]
+        parts = [name for source, _ in init for name in _part_names(self.model, source)]
         return {
             name
             for name in self.model.state_dict()
@@ -273,14 +273,23 @@ class RISCheckpointer(DetectionCheckpointer):
             )
 
 
-def _part_name(model: nn.Module, source: str) -> str:
+def _part_names(model: nn.Module, source: str) -> tuple[str, ...]:
+    """Paths of the sub-modules that a source fills; "" is the model itself."""
     parts = getattr(model, "weight_parts", {})
     if source not in parts:
         raise ValueError(
             f"MODEL.INIT names {source!r}, but {type(model).__name__} has parts for "
             f"{', '.join(sorted(parts)) or 'no source'} only"
         )
-    return parts[source]
+    return (parts[source],) if isinstance(parts[source], str) else tuple(parts[source])
+
+
+def _part(model: nn.Module, source: str) -> tuple[str, nn.Module]:
+    """What a source fills, and what to put before its names to get the model's."""
+    names = _part_names(model, source)
+    if not isinstance(model.weight_parts[source], str):
+        return "", nn.ModuleDict({name: model.get_submodule(name) for name in names})
+    return f"{names[0]}." if names[0] else "", model.get_submodule(names[0])
 
 
 def _fit(module: nn.Module, state_dict: dict[str, Tensor]) -> _Fit:

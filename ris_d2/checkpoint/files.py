@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..io import load_pickle
+from .script import is_script, read_script
 
 __all__ = ["file_hash", "read_weights"]
 
@@ -20,8 +21,9 @@ def read_weights(path: str | os.PathLike) -> dict[str, Any]:
     """Read a weight file onto the CPU.
 
     ``.safetensors``; ``.pkl`` (detectron2's zoo, arrays become tensors); anything else is read as
-    torch.save's format, whatever its extension (BEiT-3's ``.zip``). Pickled objects are limited to
-    tensors, plain containers, numpy values and argparse.Namespace.
+    torch.save's format, whatever its extension (BEiT-3's ``.zip``), or as a TorchScript archive
+    (OpenAI's CLIP), of which the tensors are taken and the code is left alone. Pickled objects are
+    limited to tensors, plain containers, numpy values and argparse.Namespace.
 
     Returns:
         the file's content: tensors by name, or a dict that holds them beside other data.
@@ -37,6 +39,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, Any]:
         content = _read_safetensors(path)
     elif path.endswith(".pkl"):
         content = _to_tensors(load_pickle(path))
+    elif is_script(path):
+        content = read_script(path)
     else:
         content = _read_torch(path)
     if not isinstance(content, Mapping):

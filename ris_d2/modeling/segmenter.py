@@ -29,8 +29,9 @@ class ReferringSegmenter(nn.Module):
     The last line of a method's constructor calls ``freeze_parts()``.
     """
 
-    # MODEL.INIT source -> path of the sub-module that its weights fill, e.g. {"beit3": "encoder"}.
-    weight_parts: Mapping[str, str] = {}
+    # MODEL.INIT source -> path of the sub-module that its weights fill, e.g. {"beit3": "encoder"}, or
+    # the children that one file fills, as its converter names them: {"clip": ("vision", "text")}.
+    weight_parts: Mapping[str, str | tuple[str, ...]] = {}
     # Methods that mask padded tokens everywhere may have them cut off before they compute anything.
     trims_text = False
     # Rows of the method's token embedding; None = not checked.

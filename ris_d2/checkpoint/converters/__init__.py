@@ -8,12 +8,26 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from . import beit3, bert
+from . import beit3, bert, clip, sam, vit
 from .base import Converter, unwrap_state_dict
 
-__all__ = ["CONVERTERS", "Converter", "convert_state_dict", "get_converter", "unwrap_state_dict"]
+__all__ = [
+    "CONVERTERS",
+    "Converter",
+    "convert_released",
+    "convert_state_dict",
+    "get_converter",
+    "unwrap_state_dict",
+]
 
-CONVERTERS: dict[str, Converter] = {"beit3": beit3.CONVERTER, "bert": bert.CONVERTER}
+CONVERTERS: dict[str, Converter] = {
+    "beit3": beit3.CONVERTER,
+    "bert": bert.CONVERTER,
+    "clip": clip.CONVERTER,
+    "sam": sam.CONVERTER,
+    "sam_decoder": sam.DECODER_CONVERTER,
+    "vit": vit.CONVERTER,
+}
 
 
 def get_converter(source: str) -> Converter:
@@ -46,3 +60,11 @@ def convert_state_dict(state_dict: Mapping, source: str) -> dict[str, Tensor]:
     """
     converter = get_converter(source)
     return converter.convert(unwrap_state_dict(state_dict))
+
+
+def convert_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert the state dict of a method's released checkpoint; any other is returned as it is."""
+    for converter in CONVERTERS.values():
+        if converter.recognises is not None and converter.recognises(state_dict):
+            return converter.convert(state_dict)
+    return state_dict

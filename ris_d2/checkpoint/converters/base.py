@@ -18,10 +18,13 @@ class Converter:
         convert: published name -> tensor to ris_d2 name -> tensor. Keys that ris_d2 has no use for
             are left out; ValueError if the dict is not of this format.
         may_miss: regexes (searched) of ris_d2 names that files of this format need not fill.
+        recognises: for released whole methods, whose files serve as MODEL.WEIGHTS: is a state dict
+            of this format?
     """
 
     convert: Callable[[StateDict], StateDict]
     may_miss: tuple[str, ...] = ()
+    recognises: Callable[[StateDict], bool] | None = None
 
 
 def unwrap_state_dict(content: Mapping) -> StateDict:

@@ -1,5 +1,6 @@
 from .beit3 import RISBEiT3
+from .clip_vit import RISCLIPViT
 from .sam_vit import RISSAMViT
 from .vit import RISViT
 
-__all__ = ["RISBEiT3", "RISSAMViT", "RISViT"]
+__all__ = ["RISBEiT3", "RISCLIPViT", "RISSAMViT", "RISViT"]

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..layers.attention import drop_path_scale
 from ..layers.multiway import ModalityPair, Streams, join, split, visible_tokens
+from ..layers.stem import conv_stem
 
 LAYER_NORM_EPS = 1e-5
 # Rows 0 and 1 of both position tables are never read (a heritage of fairseq's padding index).
@@ -140,28 +141,6 @@ class VisionEmbedding(nn.Module):
         """(B, 3, H, W) -> (B, 1 + (H/p)(W/p), dim)"""
         patches = self.proj(images).flatten(2).transpose(1, 2)
         return torch.cat([self.cls_token.expand(len(images), -1, -1).to(patches), patches], 1)
-
-
-def conv_stem(*, dim: int, patch_size: int) -> nn.Sequential:
-    """Pairs of 3x3 convolutions, the first of each with stride 2, down to one token per patch.
-
-    Not in BEiT-3: it replaces the linear patch embedding where no pretrained weights are used. It runs
-    once per image, so that it is cheap beside the layers, which run once per expression.
-    """
-    steps = int(math.log2(patch_size))
-    if 2**steps != patch_size:
-        raise ValueError(f"the conv stem needs a power of two as patch size, not {patch_size}")
-    layers, channels = [], 3
-    for step in range(steps):
-        width = dim >> max(2 - step, 0)  # d/4, d/2, d, d, ...
-        for in_channels, stride in ((channels, 2), (width, 1)):
-            layers += [
-                nn.Conv2d(in_channels, width, 3, stride, 1, bias=False),
-                nn.BatchNorm2d(width),
-                nn.GELU(),
-            ]
-        channels = width
-    return nn.Sequential(*layers, nn.Conv2d(channels, dim, 1))
 
 
 @BACKBONE_REGISTRY.register()
@@ -300,6 +279,30 @@ class RISBEiT3(Backbone):
             if number in taps or number == self.depth:
                 states[number] = streams
         return states
+
+    def joint(self, image_tokens: Tensor, input_ids: Tensor, text_mask: Tensor) -> Streams:
+        """Read images together with sentences; needs ``final_norm``.
+
+        Args:
+            image_tokens: (E, 1+n, d) of ``embed_image``.
+            input_ids: int64 (E, T).
+            text_mask: bool (E, T), True = real token.
+
+        Returns:
+            the normalised last states: vision (E, 1+n, d), [CLS] first, and text (E, T, d).
+        """
+        text = self.embed_text(input_ids, text_mask)
+        return self.encoder.layer_norm(self.encode(image_tokens, text, text_mask)[self.depth])
+
+    def freeze_unread_vision(self) -> None:
+        """Stop the gradients of what only the vision states of ``joint`` depend on."""
+        last = self.encoder.layers[-1]
+        attention = last.self_attn
+        for pair in (
+            *(attention.q_proj, attention.inner_attn_ln, attention.out_proj),
+            *(last.final_layer_norm, last.ffn, self.encoder.layer_norm),
+        ):
+            pair["A"].requires_grad_(False)
 
     def fit_state_dict(self, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Resize the vision positions of a checkpoint to this model's grid (bicubic, as released).

@@ -10,7 +10,9 @@ from detectron2.utils.registry import Registry
 from torch import nn
 
 TEXT_ENCODER_REGISTRY = Registry("TEXT_ENCODER")
-TEXT_ENCODER_REGISTRY.__doc__ = "Text encoders: called with the config, see this package's docstring."
+TEXT_ENCODER_REGISTRY.__doc__ = (
+    "Text encoders: called with the config, see this package's docstring."
+)
 
 
 def build_text_encoder(cfg: CfgNode) -> nn.Module:
@@ -26,7 +28,7 @@ def build_text_encoder(cfg: CfgNode) -> nn.Module:
     return TEXT_ENCODER_REGISTRY.get(name)(cfg)
 
 
-from .bert import BertStack, RISBert  # noqa: E402
-from .clip_text import RISCLIPText  # it registers itself above
+from .bert import BertStack, RISBert
+from .clip_text import RISCLIPText  # they register themselves above
 
 __all__ = ["TEXT_ENCODER_REGISTRY", "BertStack", "RISBert", "RISCLIPText", "build_text_encoder"]

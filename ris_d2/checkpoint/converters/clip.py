@@ -1,0 +1,90 @@
+"""CLIP with a vision transformer, as OpenAI released it (``ViT-B-16.pt``) or as transformers saves it.
+
+Names of the result begin with ``vision.`` (``RISCLIPViT``) and ``text.`` (``RISCLIPText``), so that one
+file fills both towers, or the one that a method has. The projections to the joint space, the last
+LayerNorm of the vision tower and the temperature have no use here.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+from .base import Converter
+
+__all__ = ["CONVERTER", "convert_tower"]
+
+_DEAD = re.compile(
+    r"^(logit_scale|(visual|text)_projection\.weight|text_projection|visual\.proj"
+    r"|visual\.ln_post\..*|vision_model\.post_layernorm\..*|.*\.position_ids"
+    r"|input_resolution|context_length|vocab_size)$"
+)
+# OpenAI's name inside a tower -> transformers'.
+_OPENAI = {
+    "class_embedding": "embeddings.class_embedding",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "ln_pre": "pre_layrnorm",
+    "ln_final": "final_layer_norm",
+    "transformer.resblocks": "encoder.layers",
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_OPENAI_PART = re.compile(
+    r"(?<![^.])(" + "|".join(map(re.escape, sorted(_OPENAI, key=len, reverse=True))) + r")(?![^.])"
+)
+_POSITIONS = {
+    "vision": "embeddings.position_embedding",
+    "text": "embeddings.position_embedding.weight",
+}
+
+
+def convert_tower(tower: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename one tower of OpenAI's layout.
+
+    Args:
+        tower: vision or text.
+        state_dict: names inside the tower, e.g. ``transformer.resblocks.0.ln_1.weight``.
+
+    Returns:
+        names from ``vision.`` or ``text.`` on; query, key and value apart.
+    """
+    converted = {}
+    for name, value in state_dict.items():
+        if name == "positional_embedding":
+            name = _POSITIONS[tower]
+        name = f"{tower}.transformer." + _OPENAI_PART.sub(lambda m: _OPENAI[m[1]], name)
+        if ".attn.in_proj_" in name:
+            for part, third in zip("qkv", torch.chunk(value, 3), strict=True):
+                converted[name.replace("attn.in_proj_", f"self_attn.{part}_proj.")] = third
+        else:
+            converted[name] = value
+    return converted
+
+
+def _convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    live = {name: value for name, value in state_dict.items() if not _DEAD.match(name)}
+    if "visual.class_embedding" in live:
+        vision = {k[len("visual.") :]: v for k, v in live.items() if k.startswith("visual.")}
+        text = {k: v for k, v in live.items() if not k.startswith("visual.")}
+        return {**convert_tower("vision", vision), **convert_tower("text", text)}
+    converted = {}
+    for name, value in live.items():
+        tower = re.match(r"(vision|text)_model\.", name)
+        if tower:
+            name = f"{tower[1]}.transformer.{name[tower.end():]}"
+            if name == "vision.transformer.embeddings.position_embedding.weight":
+                name = name.removesuffix(".weight")
+            converted[name] = value
+    if not converted:
+        raise ValueError(
+            "not a CLIP checkpoint with a vision transformer: no visual.class_embedding (OpenAI) and "
+            f"no vision_model. or text_model. (transformers); it has e.g. {', '.join(list(state_dict)[:3])}"
+        )
+    return converted
+
+
+CONVERTER = Converter(convert=_convert)

@@ -1,0 +1,105 @@
+"""TorchScript archives -> tensors. Their code is neither compiled nor run."""
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["is_script", "read_script"]
+
+_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+def is_script(path: str) -> bool:
+    """Whether a file is an archive that torch.jit.save wrote."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def read_script(path: str) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a scripted or traced module by name, on the CPU.
+
+    Raises:
+        ValueError: the archive is damaged, or holds other objects than modules and plain values.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            data = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            with archive.open(data) as file:
+                module = _Unpickler(file, archive, data[: -len(".pkl")]).load()
+    except (StopIteration, KeyError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: damaged TorchScript archive ({error})") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return dict(_tensors(module, ""))
+
+
+class _Object:
+    """Stands for any class that the archive's code defines: its attributes, and nothing else."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.attributes = state
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: Any, archive: zipfile.ZipFile, directory: str):
+        super().__init__(file)
+        self.archive, self.directory = archive, directory
+        self.storages: dict[str, torch.UntypedStorage] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("__torch__"):
+            return _Object
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return _rebuild_tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda data, *_: nn.Parameter(data, requires_grad=False)
+        if module == "torch.jit._pickle":  # typed lists, restore_type_tag: the value comes first
+            return lambda value, *_: value
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        raise pickle.UnpicklingError(f"holds Python objects ({module}.{name}), which are not run")
+
+    def persistent_load(self, pid: tuple) -> tuple[torch.dtype, torch.UntypedStorage]:
+        _, dtype, key, _, _ = pid  # the device that it was saved from does not matter
+        if key not in self.storages:
+            content = bytearray(self.archive.read(f"{self.directory}/{key}"))
+            self.storages[key] = torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
+        return dtype, self.storages[key]
+
+
+def _rebuild_tensor(
+    source: tuple[torch.dtype, torch.UntypedStorage],
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    *_: Any,
+) -> Tensor:
+    dtype, storage = source
+    return torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
+
+
+def _tensors(module: _Object, prefix: str):
+    for name, value in module.attributes.items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        elif isinstance(value, _Object):
+            yield from _tensors(value, f"{prefix}{name}.")

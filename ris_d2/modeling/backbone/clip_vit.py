@@ -1,0 +1,158 @@
+"""CLIP's vision transformer (Radford et al., ICML 2021), on transformers' ``CLIPVisionModel``."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import Tensor, nn
+
+from ..layers.stem import conv_stem
+
+
+class PatchEmbedding(nn.Module):
+    """[CLS] and patches with one learned position each, on a grid of any shape.
+
+    transformers' own knows square grids only, and resizes positions by another interpolation.
+    """
+
+    def __init__(self, *, dim: int, patch_size: int, grid: tuple[int, int], stem: str):
+        super().__init__()
+        self.class_embedding = nn.Parameter(dim**-0.5 * torch.randn(dim))
+        if stem == "patch":
+            self.patch_embedding = nn.Conv2d(3, dim, patch_size, patch_size, bias=False)
+            nn.init.normal_(self.patch_embedding.weight, std=0.02)
+        elif stem == "conv":
+            self.patch_embedding = conv_stem(dim=dim, patch_size=patch_size)
+        else:
+            raise ValueError(f"MODEL.RIS.CLIP_VIT.STEM is {stem!r}, not patch or conv")
+        self.position_embedding = nn.Parameter(0.02 * torch.randn(1 + grid[0] * grid[1], dim))
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """(B, 3, H, W) -> (B, 1 + n, dim); named and called as transformers' embedding."""
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        first = self.class_embedding.expand(len(patches), 1, -1).to(patches)
+        return torch.cat([first, patches], 1) + self.position_embedding.to(patches)
+
+
+@BACKBONE_REGISTRY.register()
+class RISCLIPViT(Backbone):
+    """CLIP's image encoder as a residual stream: no last LayerNorm, no projection to the joint space.
+
+    Attributes:
+        grid: (H/p, W/p).
+        dim: channels.
+        depth: number of layers.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        image_size: tuple[int, int],
+        patch_size: int = 16,
+        dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        stem: str = "patch",
+    ):
+        """The defaults are ViT-B/16.
+
+        Args:
+            image_size: (H, W), multiples of ``patch_size``; fixes the position table, to which a
+                checkpoint's is resized.
+            stem: patch (CLIP) or conv (ours, for training from scratch on small data).
+
+        Raises:
+            ValueError: the image size is no multiple of the patch size, or an unknown stem.
+        """
+        super().__init__()
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        if image_size[0] % patch_size or image_size[1] % patch_size:
+            raise ValueError(
+                f"image size {image_size} is not a multiple of patch size {patch_size}"
+            )
+        self.image_size, self.patch_size = tuple(image_size), patch_size
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.dim, self.depth = dim, depth
+        model = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=dim,
+                intermediate_size=4 * dim,
+                num_hidden_layers=depth,
+                num_attention_heads=num_heads,
+                image_size=patch_size,  # the smallest table, replaced below
+                patch_size=patch_size,
+            )
+        )
+        # transformers 4 has one more level than 5.
+        self.transformer = getattr(model, "vision_model", model)
+        self.transformer.embeddings = PatchEmbedding(
+            dim=dim, patch_size=patch_size, grid=self.grid, stem=stem
+        )
+        self.transformer.post_layernorm = nn.Identity()  # of [CLS], which nobody reads
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
+        vit = cfg.MODEL.RIS.CLIP_VIT
+        return {
+            "image_size": cfg.INPUT.RIS.SIZE,
+            "patch_size": vit.PATCH_SIZE,
+            "dim": vit.DIM,
+            "depth": vit.DEPTH,
+            "num_heads": vit.NUM_HEADS,
+            "stem": vit.STEM,
+        }
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) -> {"last": (B, dim, H/p, W/p)}."""
+        return {"last": self.feature_map(self.forward_layers(images)[-1])}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {"last": ShapeSpec(channels=self.dim, stride=self.patch_size)}
+
+    def forward_layers(self, images: Tensor) -> list[Tensor]:
+        """Run all layers.
+
+        Args:
+            images: (B, 3, H, W) of the size that the model was built for.
+
+        Returns:
+            the residual stream after each of the ``depth`` layers, (B, 1 + n, dim), [CLS] first.
+
+        Raises:
+            ValueError: images of another size.
+        """
+        if tuple(images.shape[-2:]) != self.image_size:
+            raise ValueError(f"images of {tuple(images.shape[-2:])}, built for {self.image_size}")
+        outputs = self.transformer(pixel_values=images, output_hidden_states=True)
+        return list(outputs.hidden_states[1:])
+
+    def feature_map(self, tokens: Tensor) -> Tensor:
+        """(B, 1 + n, C) -> (B, C, h, w), a view."""
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, self.grid)
+
+    def fit_state_dict(self, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """Resize a checkpoint's square grid of positions to this model's (bilinear, as ASDA).
+
+        Returns:
+            a new state dict, and the names of the tensors that changed size.
+
+        Raises:
+            ValueError: the table is no square grid and [CLS].
+        """
+        name = "transformer.embeddings.position_embedding"
+        table = state_dict.get(name)
+        if table is None or len(table) == 1 + self.grid[0] * self.grid[1]:
+            return state_dict, []
+        side = math.isqrt(len(table) - 1)
+        if side * side != len(table) - 1:
+            raise ValueError(f"{name} has {len(table)} rows, not [CLS] and a square grid")
+        grid = table[1:].float().T.reshape(1, -1, side, side)
+        grid = F.interpolate(grid, size=self.grid, mode="bilinear", align_corners=False)
+        rows = torch.cat([table[:1].float(), grid[0].flatten(1).T])
+        return {**state_dict, name: rows}, [name]  # fp32: half precision would round again
