@@ -13,6 +13,7 @@ from ris_d2 import get_ris_cfg, load_config
 from ris_d2.data import refshapes
 from ris_d2.data.catalog import register_all
 from ris_d2.engine import Trainer
+from ris_d2.modeling.backbone import RISCLIPViT
 from ris_d2.modeling.deris.criterion import DeRISCriterion
 from ris_d2.modeling.text import build_text_encoder
 
@@ -115,4 +116,5 @@ def test_every_key_is_read(tmp_path, monkeypatch):
         cfg.MODEL.RIS.TEXT.NAME = name
         build_text_encoder(Recorder.of(cfg))
     DeRISCriterion.from_config(Recorder.of(get_ris_cfg()))
+    RISCLIPViT.from_config(Recorder.of(get_ris_cfg()))
     assert ours - Recorder.seen == set()
