@@ -88,9 +88,9 @@ def _assign(costs: Tensor, sizes: Sequence[int]) -> list[list[int]]:
 
     queries, instances, start = [], [], 0
     for group in costs.split(sizes):
-        rows, columns = linear_sum_assignment(group.numpy())
-        queries += columns.tolist()
-        instances += (rows + start).tolist()
+        rows, columns = linear_sum_assignment(group.T.numpy())
+        queries += rows.tolist()
+        instances += (columns + start).tolist()
         start += len(group)
     return [queries, instances]
 
