@@ -27,6 +27,7 @@ class SAMMaskDecoder(nn.Module):
                 hidden_size=dim,
                 num_attention_heads=num_heads,
                 mlp_dim=mlp_dim,
+                layer_norm_eps=1e-5,  # SAM's; the library's default is 1e-6
                 attn_implementation="sdpa",
             )
         )
