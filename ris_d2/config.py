@@ -42,6 +42,7 @@ def add_ris_config(cfg: CN) -> None:
     _add_solver_keys(cfg)
     _add_test_keys(cfg)
     _add_beit3_keys(cfg)
+    _add_swin_keys(cfg)
     _add_clip_keys(cfg)
     _add_bert_keys(cfg)
     _add_vit_keys(cfg)
@@ -281,6 +282,22 @@ def _add_risam_keys(cfg: CN) -> None:
     # Added to both sides of Eq. 11's fraction, which is printed without (ours). Far below a pixel, so
     # that the loss of an empty target is constant; 1 lets it teach, too.
     cfg.MODEL.RISAM.DICE_SMOOTH = 1e-6
+
+
+def _add_swin_keys(cfg: CN) -> None:
+    # RISSwin backbone; defaults are Swin-B of 384 x 384 (Swin-S: 96, depths as they are, heads
+    # (3, 6, 12, 24), window 7; Swin-T: the same with depths (2, 2, 6, 2); Swin-L: 192, heads
+    # (6, 12, 24, 48)).
+    cfg.MODEL.RIS.SWIN = CN()
+    cfg.MODEL.RIS.SWIN.EMBED_DIM = 128  # C
+    cfg.MODEL.RIS.SWIN.DEPTHS = (2, 2, 18, 2)
+    cfg.MODEL.RIS.SWIN.NUM_HEADS = (4, 8, 16, 32)
+    cfg.MODEL.RIS.SWIN.WINDOW_SIZE = 12  # M
+    # Of the last block, linear from 0. A Swin that is frozen in mode "train" keeps it on, as the
+    # released DeRIS does (MODEL.RIS.FREEZE).
+    cfg.MODEL.RIS.SWIN.DROP_PATH = 0.3
+    # Recompute blocks in the backward pass: less memory, more time.
+    cfg.MODEL.RIS.SWIN.CHECKPOINTING = False
 
 
 def _add_shared_ris_keys(cfg: CN) -> None:

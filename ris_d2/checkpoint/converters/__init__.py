@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from . import beit3, bert, clip, sam, vit
+from . import beit3, bert, clip, sam, swin, vit
 from .base import Converter, unwrap_state_dict
 
 __all__ = [
@@ -26,6 +26,7 @@ CONVERTERS: dict[str, Converter] = {
     "clip": clip.CONVERTER,
     "sam": sam.CONVERTER,
     "sam_decoder": sam.DECODER_CONVERTER,
+    "swin": swin.CONVERTER,
     "vit": vit.CONVERTER,
 }
 

@@ -1,6 +1,7 @@
 from .beit3 import RISBEiT3
 from .clip_vit import RISCLIPViT
 from .sam_vit import RISSAMViT
+from .swin import RISSwin
 from .vit import RISViT
 
-__all__ = ["RISBEiT3", "RISCLIPViT", "RISSAMViT", "RISViT"]
+__all__ = ["RISBEiT3", "RISCLIPViT", "RISSAMViT", "RISSwin", "RISViT"]
