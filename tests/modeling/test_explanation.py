@@ -115,8 +115,9 @@ def test_shared_ris_maps_are_the_sentences_row(fusion, tiny_cfg, make_inputs):
     assert torch.allclose(uniform.maps["encoder"], expected, atol=1e-6)
 
 
-def test_parts_that_are_not_there_have_no_map(tiny_cfg, make_inputs):
-    tiny_cfg.MODEL.SHARED_RIS.merge_from_list(["STAGES", (), "DECODER_LAYERS", 0])
+@pytest.mark.parametrize("changes", [["STAGES", ()], ["FPN", "pwam"], ["FPN", "cris"]])
+def test_parts_that_are_not_there_have_no_map(changes, tiny_cfg, make_inputs):
+    tiny_cfg.MODEL.SHARED_RIS.merge_from_list([*changes, "DECODER_LAYERS", 0])
     (explanation,) = build_model(tiny_cfg).eval().explanations([make_inputs()])
     assert set(explanation.maps) == {"encoder"}
     assert explanation.entropy == {} and explanation.pixels is None

@@ -13,6 +13,7 @@ from ..losses import mask_bce, mask_dice
 from ..segmenter import ReferringSegmenter
 from .decoder import SharedMaskDecoder
 from .fpn import LastLayer, SharedFPN
+from .other_fpns import CRISFPN, PixelWordFPN
 
 
 @META_ARCH_REGISTRY.register()
@@ -30,7 +31,7 @@ class SharedRIS(ReferringSegmenter):
         self,
         *,
         encoder: RISBEiT3,
-        fpn: SharedFPN | LastLayer,
+        fpn: SharedFPN | LastLayer | CRISFPN | PixelWordFPN,
         decoder: SharedMaskDecoder,
         bce_weight: float,
         dice_weight: float,
@@ -61,29 +62,6 @@ class SharedRIS(ReferringSegmenter):
         shared = cfg.MODEL.SHARED_RIS
         # h_j is the residual stream (Eq. 4 and 5): the encoder's last LayerNorm has no reader.
         encoder = RISBEiT3(**RISBEiT3.from_config(cfg), final_norm=False)
-        if shared.STAGES:
-            if shared.STAGES[-1] != encoder.depth or list(shared.STAGES) != sorted(
-                set(shared.STAGES)
-            ):
-                raise ValueError(
-                    f"MODEL.SHARED_RIS.STAGES is {shared.STAGES}; it must increase and end with the "
-                    f"encoder's last layer, {encoder.depth} (layers above would never be trained)"
-                )
-            fpn = SharedFPN(
-                stages=shared.STAGES,
-                in_dim=encoder.embed_dim,
-                dim=shared.DIM,
-                num_heads=shared.NUM_HEADS,
-                fusion=shared.FPN_FUSION,
-                proj_per_modality=shared.PROJ_PER_MODALITY,
-            )
-        else:
-            fpn = LastLayer(
-                depth=encoder.depth,
-                in_dim=encoder.embed_dim,
-                dim=shared.DIM,
-                proj_per_modality=shared.PROJ_PER_MODALITY,
-            )
         if shared.LOSS_RESOLUTION not in ("mask", "input"):
             raise ValueError(
                 f"MODEL.SHARED_RIS.LOSS_RESOLUTION is {shared.LOSS_RESOLUTION!r}, not mask or input"
@@ -92,7 +70,7 @@ class SharedRIS(ReferringSegmenter):
             **super().from_config(cfg),
             "sentence_dim": shared.DIM,
             "encoder": encoder,
-            "fpn": fpn,
+            "fpn": _build_fpn(shared, encoder),
             "decoder": SharedMaskDecoder(
                 dim=shared.DIM,
                 num_heads=shared.NUM_HEADS,
@@ -126,7 +104,8 @@ class SharedRIS(ReferringSegmenter):
         layer; all are means over heads.
         """
         last = f"encoder.encoder.layers.{self.encoder.depth - 1}.self_attn"
-        levels = [f"fpn.fusions.{i}" for i in range(len(getattr(self.fpn, "fusions", ())))]
+        num_levels = len(self.fpn.fusions) if isinstance(self.fpn, SharedFPN) else 0
+        levels = [f"fpn.fusions.{i}" for i in range(num_levels)]
         layers = [f"decoder.layers.{i}.fusion" for i in range(len(self.decoder.layers))]
         with AttentionRecorder(self, [last, *levels, *layers]) as recorder:
             self.segment(features, image_index, input_ids, text_mask)
@@ -168,7 +147,33 @@ class SharedRIS(ReferringSegmenter):
         }
 
 
+def _build_fpn(shared: CfgNode, encoder: RISBEiT3) -> nn.Module:
+    """(states, text_mask) -> streams of width DIM, of the encoder's layers in its ``stages``."""
+    dims = {"in_dim": encoder.embed_dim, "dim": shared.DIM}
+    if not shared.STAGES:
+        return LastLayer(**dims, depth=encoder.depth, proj_per_modality=shared.PROJ_PER_MODALITY)
+    if shared.STAGES[-1] != encoder.depth or list(shared.STAGES) != sorted(set(shared.STAGES)):
+        raise ValueError(
+            f"MODEL.SHARED_RIS.STAGES is {shared.STAGES}; it must increase and end with the "
+            f"encoder's last layer, {encoder.depth} (layers above would never be trained)"
+        )
+    if shared.FPN == "shared":
+        return SharedFPN(
+            **dims,
+            stages=shared.STAGES,
+            num_heads=shared.NUM_HEADS,
+            fusion=shared.FPN_FUSION,
+            proj_per_modality=shared.PROJ_PER_MODALITY,
+        )
+    if shared.FPN == "cris":
+        return CRISFPN(**dims, stages=shared.STAGES, grid=encoder.grid, norm=shared.NORM)
+    if shared.FPN == "pwam":
+        return PixelWordFPN(**dims, stages=shared.STAGES)
+    raise ValueError(f"MODEL.SHARED_RIS.FPN is {shared.FPN!r}, not shared, cris or pwam")
+
+
 def _init_xavier(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

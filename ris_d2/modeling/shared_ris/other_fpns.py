@@ -1,0 +1,155 @@
+"""The FPNs of other methods in place of the Shared FPN (Table IV): CRIS's and LAVT's."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import Conv2d, get_norm
+from torch import Tensor, nn
+
+from ..layers.multiway import Streams
+
+
+class CRISFPN(nn.Module):
+    """CRIS's neck: the deepest map times the sentence, met by shallower maps, then all together.
+
+    CRIS takes three levels of a convolutional network at three resolutions. The encoder's levels have
+    one resolution, so nothing is resized, and one width, so all layers have d_w channels. CRIS's neck
+    gives a map alone: the visual [CLS] and the words, which the decoder reads as well, are the last
+    layer's, projected.
+    """
+
+    def __init__(
+        self,
+        *,
+        stages: Sequence[int],
+        in_dim: int,
+        dim: int,
+        grid: tuple[int, int],
+        norm: str,
+    ):
+        """
+        Args:
+            stages: encoder layers (1-based), in increasing order; CRIS has three.
+            in_dim: d of the encoder.
+            dim: d_w.
+            grid: (H/p, W/p) of the visual tokens.
+            norm: BN, SyncBN, GN, ... of all convolutions. Batch norms need two expressions per process in
+                training: one follows the projection of the sentence, which has no pixels.
+        """
+        super().__init__()
+        self.stages, self.grid = tuple(stages), grid
+        self.projection = nn.Linear(in_dim, dim)
+        self.sentence = _conv(in_dim, dim, norm=norm)
+        self.deepest = _conv(in_dim, dim, norm=norm)
+        self.product = nn.Sequential(get_norm(norm, dim), nn.ReLU())
+        shallower = self.stages[:-1]
+        self.laterals = nn.ModuleList(_conv(in_dim, dim, size=3, norm=norm) for _ in shallower)
+        self.meets = nn.ModuleList(_conv(2 * dim, dim, norm=norm) for _ in shallower)
+        self.levels = nn.ModuleList(_conv(dim, dim, size=3, norm=norm) for _ in self.stages)
+        self.merge = _conv(len(self.stages) * dim, dim, norm=norm)
+        # CoordConv: two more channels with the position, in -1..1.
+        self.locate = _conv(dim + 2, dim, size=3, norm=norm)
+        self.refine = _conv(dim, dim, size=3, norm=norm)
+
+    def forward(self, states: Mapping[int, Streams], text_mask: Tensor) -> Streams:
+        """Layer -> streams of width ``in_dim`` -> streams of width ``dim``; all words pass, pads too."""
+        *shallower, deepest = (self._map(states[stage][0]) for stage in self.stages)
+        last_vision, last_text = states[self.stages[-1]]
+        sentence = self.sentence(last_text[:, 0, :, None, None])  # t_cls
+        maps = [self.product(self.deepest(deepest) * sentence)]
+        for level, lateral, meet in zip(
+            reversed(shallower), reversed(self.laterals), reversed(self.meets), strict=True
+        ):
+            maps.insert(0, meet(torch.cat([lateral(level), maps[0]], 1)))
+        merged = self.merge(
+            torch.cat([conv(x) for conv, x in zip(self.levels, maps, strict=True)], 1)
+        )
+        merged = self.refine(self.locate(torch.cat([merged, self._positions(merged)], 1)))
+        cls, text = self.projection(last_vision[:, :1]), self.projection(last_text)
+        return torch.cat([cls, merged.flatten(2).transpose(1, 2)], 1), text
+
+    def _map(self, vision: Tensor) -> Tensor:
+        """Visual tokens (E, 1+n, d) -> (E, d, H/p, W/p)."""
+        return vision[:, 1:].transpose(1, 2).unflatten(2, self.grid)
+
+    def _positions(self, like: Tensor) -> Tensor:
+        """Of (E, C, h, w): x and y in -1..1, (E, 2, h, w)."""
+        y, x = torch.meshgrid(
+            *(torch.linspace(-1, 1, side, device=like.device) for side in self.grid), indexing="ij"
+        )
+        return torch.stack([x, y]).to(like).expand(len(like), -1, -1, -1)
+
+
+def _conv(in_dim: int, dim: int, *, norm: str, size: int = 1) -> nn.Module:
+    return Conv2d(
+        in_dim,
+        dim,
+        size,
+        padding=size // 2,
+        bias=False,
+        norm=get_norm(norm, dim),
+        activation=F.relu,
+    )
+
+
+class PixelWordFPN(nn.Module):
+    """LAVT's pixel-word attention at every level, then W_f over the levels as in Eq. 7.
+
+    As in LAVT it works at the encoder's width (at d_w it would need fewer multiply-adds than the
+    Shared FPN, and the paper has it the other way round). Words pass unchanged to W_f.
+    """
+
+    def __init__(self, *, stages: Sequence[int], in_dim: int, dim: int):
+        """
+        Args:
+            stages: encoder layers (1-based), in increasing order.
+            in_dim: d of the encoder.
+            dim: d_w.
+        """
+        super().__init__()
+        self.stages = tuple(stages)
+        self.levels = nn.ModuleList(PixelWordAttention(dim=in_dim) for _ in self.stages)
+        self.merge = nn.Linear(len(self.stages) * in_dim, dim)  # W_f
+
+    def forward(self, states: Mapping[int, Streams], text_mask: Tensor) -> Streams:
+        """Layer -> streams of width ``in_dim``, bool (B, T) -> streams of width ``dim``."""
+        streams = [states[stage] for stage in self.stages]
+        vision = [
+            level(v, t, text_mask) for level, (v, t) in zip(self.levels, streams, strict=True)
+        ]
+        text = [t for _, t in streams]
+        return self.merge(torch.cat(vision, -1)), self.merge(torch.cat(text, -1))
+
+
+class PixelWordAttention(nn.Module):
+    """PWAM (LAVT): what each pixel reads in the words, times the pixel.
+
+    LAVT's biases in front of instance norms are left out: the norms would take them away.
+    """
+
+    def __init__(self, *, dim: int):
+        super().__init__()
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.pixel = nn.Linear(dim, dim)
+        self.product = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)  # LAVT's of each level that its decoder reads
+
+    def forward(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """Vision (B, k, dim), text (B, T, dim), bool (B, T) -> (B, k, dim); one head."""
+        attended = F.scaled_dot_product_attention(
+            _instance_norm(self.query(vision))[:, None],
+            self.key(text)[:, None],
+            self.value(text)[:, None],
+            text_mask[:, None, None, :],
+        )
+        words = _instance_norm(self.out(attended[:, 0]))
+        return self.norm(F.gelu(self.product(F.gelu(self.pixel(vision)) * words)))
+
+
+def _instance_norm(tokens: Tensor) -> Tensor:
+    """Each channel of (B, k, C) over its k tokens, without affine parameters."""
+    return F.instance_norm(tokens.transpose(1, 2)).transpose(1, 2)
