@@ -30,21 +30,27 @@ def sample_upsampled(logits: Tensor, points: Tensor, size: tuple[int, int]) -> T
         (B, C, P), in fp32.
     """
     logits = logits.float()
-    extent = points.new_tensor([size[1], size[0]])
-    position = points * extent - 0.5
-    low = position.floor()
+    rows = _neighbours(points[..., 1], size[0])
+    columns = _neighbours(points[..., 0], size[1])
     values = 0
-    for corner in itertools.product((0, 1), repeat=2):
-        pixel = low + points.new_tensor(corner)
-        share = (1 - (position - pixel).abs()).prod(-1)
-        # Pixels outside of the map count as 0, as in grid_sample.
-        share = share * ((pixel >= 0) & (pixel < extent)).all(-1)
-        grid = 2 * pixel / (extent - 1) - 1
-        corner_values = F.grid_sample(
-            logits, grid[:, None], padding_mode="border", align_corners=True
+    for (x, x_share), (y, y_share) in itertools.product(columns, rows):
+        corners = F.grid_sample(
+            logits, torch.stack([x, y], -1)[:, None], padding_mode="border", align_corners=True
         )
-        values = values + share[:, None] * corner_values[:, :, 0]
+        values = values + (x_share * y_share)[:, None] * corners[:, :, 0]
     return values
+
+
+def _neighbours(positions: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
+    """The two pixels beside each position in [0, 1], as (place in [-1, 1], share in its value)."""
+    positions = positions * length - 0.5
+    low = positions.floor()
+    upper_share = positions - low
+    # Pixels outside of the map count as 0, as in grid_sample.
+    return [
+        (low * (2 / (length - 1)) - 1, (1 - upper_share) * (low >= 0)),
+        ((low + 1) * (2 / (length - 1)) - 1, upper_share * (low < length - 1)),
+    ]
 
 
 @torch.no_grad()

@@ -208,7 +208,9 @@ def test_two_processes_train_as_one(whole_mask, monkeypatch):
     for part in parts:
         remaining = iter(means)
         monkeypatch.setattr(
-            criterion_module, "mean_over_processes", lambda count, device: next(remaining)
+            criterion_module,
+            "mean_over_processes",
+            lambda count, device, rest=remaining: next(rest),
         )
         halves_of_loss.append(make()(*part))
     for name in whole:
