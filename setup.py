@@ -18,6 +18,7 @@ setup(
         "torch>=2.5",
         "numpy",
         "Pillow",
+        "PyYAML",
         "pycocotools>=2.0.2",
         "fvcore",
         "huggingface_hub",

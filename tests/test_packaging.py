@@ -11,7 +11,7 @@ import pytest
 import setuptools
 
 ROOT = Path(__file__).resolve().parents[1]
-DISTRIBUTIONS = {"PIL": "Pillow"}
+DISTRIBUTIONS = {"PIL": "Pillow", "yaml": "PyYAML"}
 NOT_DECLARED = {"cv2", "detectron2"}  # see setup.py
 
 
