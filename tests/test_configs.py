@@ -19,7 +19,9 @@ from ris_d2.modeling.text import build_text_encoder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LEAVES = sorted(
-    str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if "Base" not in p.name
+    str(p.relative_to(CONFIGS))
+    for p in CONFIGS.rglob("*.yaml")
+    if "Base" not in p.name and p.parent.name != "studies"  # those are tools/study.py's
 )
 
 
