@@ -60,7 +60,8 @@ class ReferringSegmenter(nn.Module):
             pixel_mean, pixel_std: per RGB channel, in 0..255.
             input_size: (height, width) that smaller images are padded to with zeros after normalisation.
             precision: fp32, bf16 or fp16; the autocast dtype of the forward pass.
-            freeze: part -> "eval" or "train": parts without gradients and the mode they stay in.
+            freeze: part -> "eval" or "train": parts without gradients and the mode they stay in; "none":
+                a part that a config's _BASE_ freezes and the config does not.
             no_target: none, area or head; see MODEL.RIS.NO_TARGET.
             sentence_dim: channels of ``outputs["sentence"]``; with no_target "head" the base builds an
                 ExistenceHead on it. None for methods that decide themselves.
@@ -78,7 +79,7 @@ class ReferringSegmenter(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self.input_size = tuple(input_size)
         self.precision = precision
-        self.freeze = dict(freeze or {})
+        self.freeze = {part: mode for part, mode in (freeze or {}).items() if mode != "none"}
         self.no_target = no_target
         has_head = no_target == "head" and sentence_dim is not None
         self.existence_head = ExistenceHead(dim=sentence_dim) if has_head else None
@@ -268,7 +269,7 @@ class ReferringSegmenter(nn.Module):
         """
         for part, mode in self.freeze.items():
             if mode not in ("eval", "train"):
-                raise ValueError(f"MODEL.RIS.FREEZE.{part} is {mode!r}, not eval or train")
+                raise ValueError(f"MODEL.RIS.FREEZE.{part} is {mode!r}, not eval or train (or none)")
             try:
                 self.get_submodule(part).requires_grad_(False)
             except AttributeError:

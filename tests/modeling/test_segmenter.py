@@ -159,6 +159,12 @@ def test_frozen_parts_keep_their_mode(mode):
     assert not model.eval().backbone.training
 
 
+def test_a_part_that_a_base_config_freezes_can_be_left_free():
+    model = Probe(freeze={"backbone": "none"})
+    assert all(p.requires_grad for p in model.backbone.parameters())
+    assert model.train().backbone.training
+
+
 def test_bfloat16_on_a_cpu(make_inputs):
     model = Probe(precision="bf16").train()
     model([make_inputs()])
