@@ -49,6 +49,7 @@ def add_ris_config(cfg: CN) -> None:
     _add_shared_ris_keys(cfg)
     _add_risam_keys(cfg)
     _add_deris_keys(cfg)
+    _add_vipa_keys(cfg)
 
 
 def _add_data_keys(cfg: CN) -> None:
@@ -367,3 +368,52 @@ def _add_deris_keys(cfg: CN) -> None:
     cfg.MODEL.DERIS.NUM_POINTS = 12544
     cfg.MODEL.DERIS.OVERSAMPLE_RATIO = 3.0
     cfg.MODEL.DERIS.IMPORTANCE_RATIO = 0.75
+
+
+def _add_vipa_keys(cfg: CN) -> None:
+    cfg.MODEL.VIPA = CN()
+    # early: vision and language read each other at every stage (CrossVLT); one_way: vision alone
+    # reads, the language encoder runs first (Table V, Vanilla LE); late: one exchange at the end;
+    # none (Table VII); beit3 (Table II).
+    cfg.MODEL.VIPA.ENCODER = "early"
+    # Early fusion: True gives all of BERT's layers their pretrained weights, where shapes fit;
+    # False leaves the last six random, as CrossVLT's released code does.
+    cfg.MODEL.VIPA.INIT_STAGES_FROM_BERT = True
+    # Keys and values of the decoder (Table V): visual (the visual expression) | language.
+    cfg.MODEL.VIPA.KEY_VALUES = "visual"
+    # Self-attention layers on language keys and values, to match the generator's size.
+    cfg.MODEL.VIPA.LANGUAGE_LAYERS = 2
+    cfg.MODEL.VIPA.DIM = 768  # D, of the expression and of the decoder
+    cfg.MODEL.VIPA.NUM_HEADS = 12
+    cfg.MODEL.VIPA.GENERATOR = CN()
+    cfg.MODEL.VIPA.GENERATOR.JOINT_DIM = 512  # output of phi^V and phi^L
+    cfg.MODEL.VIPA.GENERATOR.RATIO = 0.3  # r (Fig. 4)
+    # Factor of the Gumbel noise in training: 1 is Eq. 2. Its standard deviation of 1.28 is large
+    # beside cosines, so that early retrieval is nearly random; 0.1 to 0.3 keep the order.
+    cfg.MODEL.VIPA.GENERATOR.GUMBEL_SCALE = 1.0
+    # scores: softmax((S_c + g) / tau), Eq. 2, where tau does not change what is retrieved;
+    # temperature: softmax(S_c / tau + g).
+    cfg.MODEL.VIPA.GENERATOR.NOISE = "scores"
+    cfg.MODEL.VIPA.GENERATOR.CUES = "both"  # both | global ([CLS]) | local (the others): Table VI b
+    # Token ids that are no cues. bert-base-uncased: a 1037, an 2019, the 1996 (Table IX, without
+    # articles); [SEP] 102.
+    cfg.MODEL.VIPA.GENERATOR.EXCLUDED_IDS = ()
+    cfg.MODEL.VIPA.GENERATOR.RETRIEVE = True  # step 1 (Table VI a)
+    cfg.MODEL.VIPA.GENERATOR.REFINE = True  # step 2 (Table VI a)
+    # mean | sum of retrieved tokens; Eq. 5 says sum, the same function up to the next weight's
+    # scale.
+    cfg.MODEL.VIPA.GENERATOR.AGGREGATION = "mean"
+    cfg.MODEL.VIPA.DECODER = CN()
+    # Stages i (of F_i, strides 32 to 4) that attend the expression.
+    cfg.MODEL.VIPA.DECODER.ATTENTION_STAGES = (4, 3, 2, 1)
+    cfg.MODEL.VIPA.DECODER.NUM_CONVS = 2  # 3x3 convolutions after each concatenation
+    cfg.MODEL.VIPA.DECODER.MLP_RATIO = 4
+    cfg.MODEL.VIPA.DECODER.NORM = "BN"  # BN | SyncBN | nnSyncBN | GN | ...
+    cfg.MODEL.VIPA.BCE_WEIGHT = 1.0
+    cfg.MODEL.VIPA.DICE_WEIGHT = 1.0
+    # On the [CLS] row of the relevance scores (Table VIII): contrastive (Eq. 4) | threshold (dice
+    # loss of the thresholded map) | none.
+    cfg.MODEL.VIPA.RELEVANCE_LOSS = "contrastive"
+    cfg.MODEL.VIPA.RELEVANCE_WEIGHT = 1.0
+    # Eq. 4 has no temperature (False); cosines alone keep sigma(s) between 0.27 and 0.73.
+    cfg.MODEL.VIPA.LEARN_RELEVANCE_TEMPERATURE = False

@@ -16,6 +16,7 @@ from ris_d2.engine import Trainer
 from ris_d2.modeling.backbone import RISCLIPViT
 from ris_d2.modeling.deris.criterion import DeRISCriterion
 from ris_d2.modeling.text import build_text_encoder
+from ris_d2.modeling.vipa import VIPA
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LEAVES = sorted(

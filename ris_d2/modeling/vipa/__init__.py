@@ -1,0 +1,3 @@
+from .vipa import VIPA
+
+__all__ = ["VIPA"]

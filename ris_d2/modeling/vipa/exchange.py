@@ -1,0 +1,107 @@
+"""How vision and language meet inside the encoders (CrossVLT's early fusion, VIPA's late baseline)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import AttentionBlock
+
+HEAD_DIM = 64
+
+
+class VisionReadsLanguage(nn.Module):
+    """Vision tokens attend language tokens (CrossVLT's MHCA): GELU(W (x + IN(attended))).
+
+    Query and result pass an instance norm over the positions of an image, without scale and shift;
+    the layers before it have no bias, which it would remove.
+    """
+
+    def __init__(self, *, vision_dim: int, text_dim: int, dim: int):
+        """
+        Args:
+            dim: channels of all heads together; heads have 64.
+        """
+        super().__init__()
+        self.num_heads = max(1, dim // HEAD_DIM)
+        self.query = nn.Linear(vision_dim, dim, bias=False)
+        self.key = nn.Linear(text_dim, dim)
+        self.value = nn.Linear(text_dim, dim)
+        self.out = nn.Linear(dim, vision_dim, bias=False)
+        self.mix = nn.Linear(vision_dim, vision_dim)
+
+    def forward(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """(E, N, vision_dim), (E, L, text_dim), bool (E, L) -> the fused residual (E, N, vision_dim)."""
+        q, k, v = (
+            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x in (_instance_norm(self.query(vision)), self.key(text), self.value(text))
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, text_mask[:, None, None, :])
+        attended = attended.transpose(1, 2).flatten(2)
+        return F.gelu(self.mix(vision + _instance_norm(self.out(attended))))
+
+
+class Gate(nn.Module):
+    """x + tanh-gate(residual) * residual, the gate a bottleneck-free MLP without biases."""
+
+    def __init__(self, *, dim: int):
+        super().__init__()
+        # CrossVLT sets both to zero in its constructor, where neither would ever get a gradient, and
+        # then overwrites them by what _init_fusion does.
+        self.layers = nn.Sequential(
+            nn.Linear(dim, dim, bias=False),
+            nn.ReLU(),
+            nn.Linear(dim, dim, bias=False),
+            nn.Tanh(),
+        )
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return x + self.layers(residual) * residual
+
+
+class StageFusion(nn.Module):
+    """What one vision stage adds to its Swin blocks in early fusion.
+
+    The stage's output F_i is the normalised residual itself, as in CrossVLT and LAVT.
+    """
+
+    def __init__(self, *, vision_dim: int, text_dim: int, dim: int, last: bool):
+        """
+        Args:
+            dim: channels of the first exchange; the second, after downsampling, has 2 vision_dim.
+            last: the last stage only gives its output: no gate, no second exchange.
+        """
+        super().__init__()
+        self.read = VisionReadsLanguage(vision_dim=vision_dim, text_dim=text_dim, dim=dim)
+        self.norm = nn.LayerNorm(vision_dim)
+        if not last:
+            down = 2 * vision_dim
+            self.gate = Gate(dim=vision_dim)
+            self.read_down = VisionReadsLanguage(vision_dim=down, text_dim=text_dim, dim=down)
+            self.gate_down = Gate(dim=down)
+        self.apply(_init_fusion)
+
+
+class LateFusion(nn.Module):
+    """One exchange on the last features of both encoders, each side reading the other's input."""
+
+    def __init__(self, *, vision_dim: int, text_dim: int, num_heads: int):
+        super().__init__()
+        self.vision = AttentionBlock(
+            dim=vision_dim, context_dim=text_dim, attention_dim=text_dim, num_heads=num_heads
+        )
+        self.text = AttentionBlock(dim=text_dim, context_dim=vision_dim, num_heads=num_heads)
+
+    def forward(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(E, N, vision_dim), (E, L, text_dim), bool (E, L) -> the same shapes."""
+        return self.vision(vision, text, text_mask), self.text(text, vision)
+
+
+def _instance_norm(x: Tensor) -> Tensor:
+    """Over the positions of (E, N, C)."""
+    return F.instance_norm(x.transpose(1, 2)).transpose(1, 2)
+
+
+def _init_fusion(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,197 @@
+"""What the decoder attends: the visual expression (Sec. III B), or language in the baselines."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import AttentionBlock
+
+_NOISE = ("scores", "temperature")
+_CUES = ("both", "global", "local")
+_AGGREGATIONS = ("mean", "sum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expression:
+    """Keys and values of the decoder.
+
+    Attributes:
+        tokens: (E, K, D); K = L where each token has its own, N without retrieval.
+        keep: bool (E, K), False where a token is no information (padding, excluded cue); None = all.
+        relevance: (E, L, N) cosines S_c of each token and each visual token (Eq. 1); None for language.
+        retrieved: bool (E, L, N), M of Eq. 3, rows of no information included; None without retrieval.
+    """
+
+    tokens: Tensor
+    keep: Tensor | None
+    relevance: Tensor | None = None
+    retrieved: Tensor | None = None
+
+
+class VisualExpressionGenerator(nn.Module):
+    """Retrieves visual tokens for each linguistic cue, then refines what it found."""
+
+    def __init__(
+        self,
+        *,
+        vision_dim: int,
+        text_dim: int,
+        dim: int,
+        num_heads: int,
+        joint_dim: int = 512,
+        ratio: float = 0.3,
+        gumbel_scale: float = 1.0,
+        noise: str = "scores",
+        cues: str = "both",
+        excluded_ids: Sequence[int] = (),
+        retrieve: bool = True,
+        refine: bool = True,
+        aggregation: str = "mean",
+    ):
+        """
+        Args:
+            vision_dim, text_dim: C of F_v, channels of the linguistic tokens.
+            dim: D of the visual expression.
+            joint_dim: E, of the space in which both modalities are compared.
+            ratio: r, of retrieved visual tokens to all; N_p = max(1, floor(r N)).
+            gumbel_scale: of the noise g in training; 1 is Eq. 2, 0 retrieves without noise.
+            noise: "scores", softmax((S_c + g) / tau), Eq. 2; "temperature", softmax(S_c / tau + g), where
+                tau also weighs scores against noise.
+            cues: "both"; "global", the [CLS] token alone; "local", the others (Table VI b).
+            excluded_ids: token ids that are no cues (Table IX: articles).
+            retrieve: step 1; False: each visual token is its own (Table VI a, first row).
+            refine: step 2; False: the aggregated tokens are the expression (Table VI a, second row).
+            aggregation: of retrieved tokens, "mean" or "sum" (Eq. 5). They differ by a constant that the
+                linear layer can learn; the sum of 67 tokens starts far larger than what is added to it.
+
+        Raises:
+            ValueError: a ratio outside (0, 1] or an unknown name.
+        """
+        super().__init__()
+        if not 0 < ratio <= 1:
+            raise ValueError(f"MODEL.VIPA.GENERATOR.RATIO lies in (0, 1], not {ratio}")
+        for key, value, known in (
+            ("NOISE", noise, _NOISE),
+            ("CUES", cues, _CUES),
+            ("AGGREGATION", aggregation, _AGGREGATIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"MODEL.VIPA.GENERATOR.{key} is {value!r}, not one of {known}")
+        self.ratio, self.gumbel_scale, self.noise, self.cues = ratio, gumbel_scale, noise, cues
+        self.excluded_ids = tuple(excluded_ids)
+        self.retrieve, self.aggregation = retrieve, aggregation
+        self.phi_vision = nn.Linear(vision_dim, joint_dim)
+        self.phi_text = nn.Linear(text_dim, joint_dim)
+        # tau = exp(this): positive, 1 at the start.
+        self.log_temperature = nn.Parameter(torch.zeros(())) if retrieve else None
+        self.aggregate = nn.Linear(vision_dim, dim)
+        self.refine_by_vision = self.share = None
+        if refine:
+            self.refine_by_vision = AttentionBlock(
+                dim=dim, num_heads=num_heads, context_dim=vision_dim, attention_dim=dim
+            )
+            self.share = AttentionBlock(dim=dim, num_heads=num_heads)
+
+    def forward(
+        self, vision: Tensor, text: Tensor, input_ids: Tensor, text_mask: Tensor
+    ) -> Expression:
+        """
+        Args:
+            vision: F_v (E, N, C).
+            text: (E, L, text_dim), [CLS] first.
+            input_ids: int64 (E, L).
+            text_mask: bool (E, L), True = real token.
+        """
+        relevance = self.relevance(vision, text)
+        if self.retrieve:
+            keep = self._cue_mask(input_ids, text_mask)
+            soft, retrieved = self.sample(relevance)
+            aggregated = soft.to(vision.dtype) @ vision
+            if self.aggregation == "mean":
+                aggregated = aggregated / self.num_retrieved(vision.shape[1])
+        else:
+            keep = retrieved = None
+            aggregated = vision
+        tokens = self.aggregate(aggregated)  # F_a, Eq. 5
+        if self.refine_by_vision is not None:
+            tokens = self.refine_by_vision(tokens, vision, retrieved)  # F_r, Eq. 6
+            tokens = self.share(tokens, keep=keep)  # Eq. 7
+        return Expression(tokens=tokens, keep=keep, relevance=relevance, retrieved=retrieved)
+
+    def relevance(self, vision: Tensor, text: Tensor) -> Tensor:
+        """Cosine S_c of each linguistic and each visual token (Eq. 1), fp32 (E, L, N)."""
+        x, y = self.phi_vision(vision).float(), self.phi_text(text).float()
+        with torch.autocast(x.device.type, enabled=False):
+            return F.normalize(y, dim=-1) @ F.normalize(x, dim=-1).transpose(1, 2)
+
+    def sample(self, relevance: Tensor) -> tuple[Tensor, Tensor]:
+        """Retrieve the N_p visual tokens of the highest scores per row (Eqs. 2 and 3).
+
+        In training Gumbel noise is added to the scores, and the mask's gradient is that of the softmax
+        (straight-through); in evaluation the mask depends on the cosines alone.
+
+        Args:
+            relevance: (E, L, N).
+
+        Returns:
+            M as float (E, L, N), to be multiplied, and as bool.
+        """
+        scores = relevance
+        if self.training:
+            noise = -self.gumbel_scale * torch.empty_like(scores).exponential_().log()
+            temperature = self.log_temperature.exp()
+            if self.noise == "scores":
+                scores = (scores + noise) / temperature
+            else:
+                scores = scores / temperature + noise
+        top = scores.topk(self.num_retrieved(scores.shape[-1]), dim=-1).indices
+        hard = torch.zeros_like(scores).scatter(-1, top, 1.0)
+        if not self.training:
+            return hard, hard.bool()
+        soft = scores.softmax(-1)
+        return hard + soft - soft.detach(), hard.bool()
+
+    def num_retrieved(self, num_tokens: int) -> int:
+        """N_p of N visual tokens."""
+        # The tiny addition: 0.3 * 10 is 2.999... in binary.
+        return max(1, math.floor(self.ratio * num_tokens + 1e-6))
+
+    def _cue_mask(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """bool (E, L): the tokens that are cues."""
+        cues = text_mask.clone()
+        if self.cues == "global":
+            cues[:, 1:] = False
+        elif self.cues == "local":
+            cues[:, 0] = False
+        for token_id in self.excluded_ids:
+            cues &= input_ids != token_id
+        # A sentence of nothing but excluded words keeps them.
+        return cues | (text_mask & ~cues.any(1, keepdim=True))
+
+
+class LinguisticExpression(nn.Module):
+    """Language as keys and values (Table V), with layers that make up for the generator's size."""
+
+    def __init__(self, *, text_dim: int, dim: int, num_heads: int, num_layers: int):
+        """
+        Args:
+            num_layers: self-attention blocks; two have 14.2 M parameters, the generator 16.3 M.
+        """
+        super().__init__()
+        self.project = nn.Linear(text_dim, dim)
+        self.layers = nn.ModuleList(
+            AttentionBlock(dim=dim, num_heads=num_heads) for _ in range(num_layers)
+        )
+
+    def forward(
+        self, vision: Tensor, text: Tensor, input_ids: Tensor, text_mask: Tensor
+    ) -> Expression:
+        """As VisualExpressionGenerator, of which ``vision`` and ``input_ids`` are not read."""
+        tokens = self.project(text)
+        for layer in self.layers:
+            tokens = layer(tokens, keep=text_mask)
+        return Expression(tokens=tokens, keep=text_mask)

@@ -1,0 +1,233 @@
+"""VIPA: "Visual Informative Part Attention for Referring Image Segmentation" (Cho et al.)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import Tensor, nn
+
+from ..explanation import AttentionRecorder, Explanation, row_entropy
+from ..losses import mask_bce, mask_dice
+from ..segmenter import ReferringSegmenter
+from .decoder import VIPADecoder
+from .encoders import BEiT3Encoder, EarlyFusion, SeparateEncoders, build_encoder
+from .generator import LinguisticExpression, VisualExpressionGenerator
+
+_RELEVANCE_LOSSES = ("contrastive", "threshold", "none")
+
+
+@META_ARCH_REGISTRY.register()
+class VIPA(ReferringSegmenter):
+    """Fig. 2: vision and language encoders -> visual expression generator -> decoder."""
+
+    trims_text = True
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        encoder: EarlyFusion | SeparateEncoders | BEiT3Encoder,
+        generator: VisualExpressionGenerator | LinguisticExpression,
+        decoder: VIPADecoder,
+        bce_weight: float,
+        dice_weight: float,
+        relevance_loss: str,
+        relevance_weight: float,
+        learn_relevance_temperature: bool,
+        **segmenter: Any,
+    ):
+        """
+        Args:
+            generator: makes the decoder's keys and values.
+            relevance_loss: on the [CLS] row of the relevance scores (Table VIII): "contrastive" (Eq. 4,
+                pixel by pixel), "threshold" (dice loss of the map cut at 0.5), "none". Not read with
+                language as keys and values, which has no relevance scores.
+            learn_relevance_temperature: divide the cosines by a learnable temperature in the loss.
+            segmenter: see ReferringSegmenter.
+
+        Raises:
+            ValueError: for an unknown loss, or if nothing would train the relevance scores.
+        """
+        super().__init__(**segmenter)
+        if relevance_loss not in _RELEVANCE_LOSSES:
+            raise ValueError(
+                f"MODEL.VIPA.RELEVANCE_LOSS is {relevance_loss!r}, not one of {_RELEVANCE_LOSSES}"
+            )
+        visual = isinstance(generator, VisualExpressionGenerator)
+        if visual and relevance_loss == "none" and not generator.retrieve:
+            raise ValueError(
+                "MODEL.VIPA.GENERATOR.RETRIEVE False with RELEVANCE_LOSS none: nothing would use the "
+                "relevance scores"
+            )
+        self.encoder = encoder
+        self.weight_parts = {
+            source: f"encoder.{part}" for source, part in encoder.weight_parts.items()
+        }
+        self.vocab_size = encoder.vocab_size
+        self.generator = generator
+        self.decoder = decoder
+        self.bce_weight = bce_weight
+        self.dice_weight = dice_weight
+        self.relevance_loss = relevance_loss if visual else "none"
+        self.relevance_weight = relevance_weight
+        self.log_relevance_temperature = None
+        if learn_relevance_temperature and self.relevance_loss == "contrastive":
+            self.log_relevance_temperature = nn.Parameter(torch.zeros(()))
+        for part in (
+            generator,
+            decoder,
+        ):  # the paper is silent; as transformers are usually initialised
+            part.apply(_init_xavier)
+        self.freeze_parts()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        vipa = cfg.MODEL.VIPA
+        encoder = build_encoder(cfg)
+        common = {"text_dim": encoder.text_dim, "dim": vipa.DIM, "num_heads": vipa.NUM_HEADS}
+        if vipa.KEY_VALUES == "visual":
+            node = vipa.GENERATOR
+            generator = VisualExpressionGenerator(
+                **common,
+                vision_dim=encoder.dims[-1],
+                joint_dim=node.JOINT_DIM,
+                ratio=node.RATIO,
+                gumbel_scale=node.GUMBEL_SCALE,
+                noise=node.NOISE,
+                cues=node.CUES,
+                excluded_ids=node.EXCLUDED_IDS,
+                retrieve=node.RETRIEVE,
+                refine=node.REFINE,
+                aggregation=node.AGGREGATION,
+            )
+        elif vipa.KEY_VALUES == "language":
+            generator = LinguisticExpression(**common, num_layers=vipa.LANGUAGE_LAYERS)
+        else:
+            raise ValueError(
+                f"MODEL.VIPA.KEY_VALUES is {vipa.KEY_VALUES!r}, not visual or language"
+            )
+        return {
+            **super().from_config(cfg),
+            "sentence_dim": vipa.DIM,
+            "encoder": encoder,
+            "generator": generator,
+            "decoder": VIPADecoder(
+                in_dims=encoder.dims,
+                dim=vipa.DIM,
+                num_heads=vipa.NUM_HEADS,
+                mlp_ratio=vipa.DECODER.MLP_RATIO,
+                attention_stages=vipa.DECODER.ATTENTION_STAGES,
+                num_convs=vipa.DECODER.NUM_CONVS,
+                norm=vipa.DECODER.NORM,
+            ),
+            "bce_weight": vipa.BCE_WEIGHT,
+            "dice_weight": vipa.DICE_WEIGHT,
+            "relevance_loss": vipa.RELEVANCE_LOSS,
+            "relevance_weight": vipa.RELEVANCE_WEIGHT,
+            "learn_relevance_temperature": vipa.LEARN_RELEVANCE_TEMPERATURE,
+        }
+
+    def encode_images(self, images: Tensor, views: dict[str, Tensor]) -> Any:
+        return self.encoder.encode_images(images)
+
+    def segment(
+        self, features: Any, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
+    ) -> dict[str, Tensor]:
+        """Beside "mask_logits" and "sentence":
+
+        "relevance" (E, L, h, w) and "retrieved" bool (E, L, h, w), on the grid of F_4, where the
+        model has them (see ``Expression``).
+        """
+        maps, text = self.encoder(features, image_index, input_ids, text_mask)
+        size = maps[-1].shape[-2:]
+        expression = self.generator(maps[-1].flatten(2).transpose(1, 2), text, input_ids, text_mask)
+        outputs = {
+            "mask_logits": self.decoder(maps, expression.tokens, expression.keep),
+            # An existence head is our addition; [CLS] alone has not seen the image in every variant.
+            "sentence": _mean(expression.tokens, expression.keep),
+        }
+        for name in ("relevance", "retrieved"):
+            rows = getattr(expression, name)
+            if rows is not None:
+                outputs[name] = rows.unflatten(2, size)
+        return outputs
+
+    def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
+        logits, masks = _upsample(outputs["mask_logits"], masks.shape[-2:]), masks.float()
+        losses = {
+            "loss_bce": self.bce_weight * mask_bce(logits, masks),
+            "loss_dice": self.dice_weight * mask_dice(logits, masks),
+        }
+        if self.relevance_loss != "none":
+            scores = outputs["relevance"][:, 0]  # s of Eq. 4, the row of [CLS]
+            losses["loss_relevance"] = self.relevance_weight * self._relevance_loss(scores, masks)
+        return losses
+
+    def _relevance_loss(self, scores: Tensor, masks: Tensor) -> Tensor:
+        """Cosines (E, h, w), masks (E, H, W) -> (E,)."""
+        if self.relevance_loss == "contrastive":
+            if self.log_relevance_temperature is not None:
+                scores = scores / self.log_relevance_temperature.exp()
+            return mask_bce(_upsample(scores, masks.shape[-2:]), masks)
+        # The paper does not define "direct thresholding": sigma(s) > 0.5 is s > 0, its gradient that
+        # of sigma(s), and of the two mask losses only dice is finite on a binary map.
+        soft = scores.sigmoid()
+        binary = (scores > 0).float() + soft - soft.detach()
+        targets = F.interpolate(masks[None], size=scores.shape[-2:], mode="nearest-exact")[0]
+        overlap = (binary * targets).flatten(1).sum(1)
+        total = (binary + targets).flatten(1).sum(1)
+        return 1 - (2 * overlap + 1) / (total + 1)
+
+    def explain(
+        self, features: Any, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
+    ) -> Explanation:
+        """Figs. 1, 5 and 6: what each token retrieves, and where the decoder's pixels attend it.
+
+        Maps of the L tokens:
+            "relevance" (E, L, h, w), on the grid of F_4: cosines S_c; not with language as keys.
+            "retrieved" (E, L, h, w): 1 where the visual tokens lie that a token retrieves.
+            "decoder i" (E, L, h_i, w_i), i = 4 ... 1 (strides 32 ... 4): the weight that the pixels of
+            stage i give to each token's key, mean over heads. Not without retrieval, where keys are no
+            tokens of the sentence.
+        Entropies are called "decoder i", too; pixels and tokens are those of the first attention.
+        """
+        stages = list(self.decoder.attend)
+        names = [f"decoder.attend.{stage}" for stage in stages]
+        with AttentionRecorder(self, [*names, "decoder"]) as recorder:
+            outputs = self.segment(features, image_index, input_ids, text_mask)
+        features, _, keep = recorder.inputs["decoder"][0]
+        sizes = [feature.shape[-2:] for feature in features]
+        maps = {name: outputs[name] for name in ("relevance", "retrieved") if name in outputs}
+        entropy = {}
+        for stage, name in zip(stages, names, strict=True):
+            weights = recorder.weights[name][0]
+            entropy[f"decoder {stage}"] = row_entropy(weights)
+            if keep is not None:
+                rows = weights.mean(1).transpose(1, 2)
+                maps[f"decoder {stage}"] = rows.unflatten(2, sizes[int(stage) - 1])
+        pixels, tokens, _ = recorder.inputs[names[0]][0]
+        return Explanation(
+            maps=maps,
+            entropy=entropy,
+            pixels=pixels.unflatten(1, sizes[int(stages[0]) - 1]),
+            tokens=tokens,
+        )
+
+
+def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def _mean(tokens: Tensor, keep: Tensor | None) -> Tensor:
+    """(E, K, D), bool (E, K) -> (E, D)"""
+    if keep is None:
+        return tokens.mean(1)
+    return (tokens * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
+
+
+def _init_xavier(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,247 @@
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from ris_d2 import get_ris_cfg
+from ris_d2.modeling.vipa import VIPA
+
+SIZE = (64, 96)
+VARIANTS = [
+    [],
+    ["INIT_STAGES_FROM_BERT", False],
+    ["ENCODER", "one_way", "KEY_VALUES", "language"],
+    ["KEY_VALUES", "language"],
+    ["ENCODER", "late"],
+    ["ENCODER", "none", "KEY_VALUES", "language", "LANGUAGE_LAYERS", 1],
+    ["ENCODER", "beit3"],
+    ["GENERATOR.RETRIEVE", False],
+    ["GENERATOR.REFINE", False],
+    ["GENERATOR.CUES", "local", "GENERATOR.EXCLUDED_IDS", (5, 6)],
+    ["RELEVANCE_LOSS", "threshold"],
+    ["RELEVANCE_LOSS", "none", "GENERATOR.AGGREGATION", "sum"],
+    ["LEARN_RELEVANCE_TEMPERATURE", True, "GENERATOR.NOISE", "temperature"],
+    ["DECODER.ATTENTION_STAGES", (4, 2), "DECODER.NUM_CONVS", 1, "DECODER.NORM", "GN", "DIM", 32],
+]
+
+
+def build(cfg, *changes):
+    cfg = cfg.clone()
+    cfg.MODEL.VIPA.merge_from_list(list(changes))
+    torch.manual_seed(0)
+    return build_model(cfg)
+
+
+def published(*changes):
+    cfg = get_ris_cfg()
+    swin = {
+        "EMBED_DIM": 128,
+        "DEPTHS": (2, 2, 18, 2),
+        "NUM_HEADS": (4, 8, 16, 32),
+        "WINDOW_SIZE": 12,
+    }
+    cfg.MODEL.RIS.SWIN.merge_from_list([x for pair in swin.items() for x in pair])
+    cfg.MODEL.VIPA.merge_from_list(list(changes))
+    with torch.device("meta"):
+        return VIPA(cfg)
+
+
+def millions(module):
+    return sum(p.numel() for p in module.parameters()) / 1e6
+
+
+@pytest.mark.parametrize(
+    "changes, parts, total",
+    [  # The spec's 298.2 M count the last stage's gate (2.10 M), which nothing would ever train.
+        ([], (212.68, 16.28, 67.20), 298.2 - 2.10),
+        (["INIT_STAGES_FROM_BERT", False], (212.68, 16.28, 67.20), 298.2 - 2.10),
+        (["KEY_VALUES", "language"], (212.68, 14.77, 67.20), 294.64),
+        (["ENCODER", "one_way", "KEY_VALUES", "language"], (213.46, 14.77, 67.20), 295.43),
+        (["ENCODER", "late"], (195.77 + 18.64, 16.28, 67.20), 297.89),
+        (["ENCODER", "none"], (195.77, 16.28, 67.20), 279.25),
+        (["ENCODER", "beit3"], (221.528 + 2.66, 15.56, 70.10), 309.84),
+    ],
+)
+def test_parameters(changes, parts, total):
+    model = published(*changes)
+    found = [millions(part) for part in (model.encoder, model.generator, model.decoder)]
+    assert found == pytest.approx(parts, abs=0.02)
+    assert millions(model) == pytest.approx(total, abs=0.1)
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: " ".join(map(str, changes)))
+def test_every_parameter_learns_and_every_variant_segments(changes, vipa_cfg, make_inputs):
+    vipa_cfg.MODEL.RIS.NO_TARGET = "head"
+    model = build(vipa_cfg, *changes)
+    losses = model(
+        [make_inputs(seed=0, size=SIZE), make_inputs(seed=1, num_expressions=2, size=SIZE)]
+    )
+    names = {"loss_bce", "loss_dice", "loss_existence"}
+    if "language" not in changes and "none" not in changes:
+        names.add("loss_relevance")
+    assert set(losses) == names
+    sum(losses.values()).backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # The bias of an attention's keys adds the same to each of a query's scores: a true zero.
+    assert [
+        n for n in without if not n.endswith(("key.bias", "k_proj.A.bias", "k_proj.B.bias"))
+    ] == []
+    results = model.eval()([make_inputs(seed=0, size=SIZE)])[0]["referring"]
+    assert [r["mask"].shape for r in results] == [(40, 60)] * 3
+
+
+@pytest.mark.parametrize("changes", [[], ["GENERATOR.CUES", "global"]], ids=str)
+def test_training_is_random_and_inference_is_not(changes, vipa_cfg, make_inputs):
+    model = build(vipa_cfg, *changes)
+    inputs = [make_inputs(size=SIZE)]
+    assert model(inputs)["loss_bce"] != model(inputs)["loss_bce"]
+    model.eval()
+    first, second = model(inputs)[0]["referring"], model(inputs)[0]["referring"]
+    assert all(torch.equal(a["mask"], b["mask"]) for a, b in zip(first, second, strict=True))
+    assert [r["score"] for r in first] == [r["score"] for r in second]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: " ".join(map(str, changes)))
+def test_padding_changes_nothing(changes, vipa_cfg, make_inputs):
+    model = build(vipa_cfg, *changes).eval()
+    x = make_inputs(size=SIZE, lengths=[6, 4, 5])
+    images, views = model._collate_images([x])
+    index = torch.zeros(3, dtype=torch.long)
+    with torch.no_grad():
+        features = model.encode_images(images, views)
+        long = model.segment(features, index, x["input_ids"], x["text_mask"])
+        short = model.segment(
+            features, index[1:2], x["input_ids"][1:2, :4], x["text_mask"][1:2, :4]
+        )
+    assert torch.allclose(long["mask_logits"][1], short["mask_logits"][0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "encoder, shared, own",
+    [
+        # Swin's stages run once per image, all of them or those before the first exchange
+        ("early", (0,), (1, 2, 3)),
+        ("one_way", (0,), (1, 2, 3)),
+        ("late", (0, 1, 2, 3), ()),
+        ("none", (0, 1, 2, 3), ()),
+    ],
+)
+def test_expressions_of_an_image_share_what_precedes_language(
+    encoder, shared, own, vipa_cfg, make_inputs
+):
+    model = build(vipa_cfg, "ENCODER", encoder).eval()
+    batches = {}
+    run = model.encoder.vision.run_stage
+
+    def counting(stage, tokens, size):
+        batches[stage] = len(tokens)
+        return run(stage, tokens, size)
+
+    model.encoder.vision.run_stage = counting
+    with torch.no_grad():
+        model([make_inputs(num_expressions=8, size=SIZE)])
+    assert batches == {**dict.fromkeys(shared, 1), **dict.fromkeys(own, 8)}
+
+
+def test_expressions_meet_their_own_image(vipa_cfg, make_inputs):
+    model = build(vipa_cfg).eval()
+    units = [make_inputs(seed=s, num_expressions=2, size=SIZE) for s in (0, 1)]
+    together = model(units)
+    for unit, result in zip(units, together, strict=True):
+        alone = model([unit])[0]["referring"]
+        scores = [r["score"] for r in result["referring"]]
+        assert scores == pytest.approx([r["score"] for r in alone], abs=1e-5)
+
+
+def test_losses_by_hand(vipa_cfg):
+    model = build(vipa_cfg, "BCE_WEIGHT", 2.0, "DICE_WEIGHT", 3.0, "RELEVANCE_WEIGHT", 4.0)
+    masks = torch.zeros(1, 4, 4, dtype=torch.bool)
+    masks[0, :2] = True
+    cosine = torch.tensor([[[[1.0, 1.0], [-1.0, -1.0]], [[0.0, 0.0], [0.0, 0.0]]]])
+    outputs = {"mask_logits": torch.zeros(1, 4, 4), "relevance": cosine}
+    losses = {name: loss.item() for name, loss in model.mask_losses(outputs, masks).items()}
+    assert losses["loss_bce"] == pytest.approx(2 * 0.6931, abs=1e-3)
+    assert losses["loss_dice"] == pytest.approx(3 * (1 - 9 / 17), abs=1e-3)
+    # Rows of the upsampled [CLS] map: 1, .5, -.5, -1; masks: 1, 1, 0, 0 (Eq. 4: -log sigma(s)).
+    expected = (0.31326 + 0.47408) / 2
+    assert losses["loss_relevance"] == pytest.approx(4 * expected, abs=1e-3)
+    model = build(vipa_cfg, "RELEVANCE_LOSS", "threshold")
+    assert model.mask_losses(outputs, masks)["loss_relevance"].item() == pytest.approx(
+        0.0, abs=1e-6
+    )
+    outputs["relevance"] = -cosine
+    assert model.mask_losses(outputs, masks)["loss_relevance"].item() == pytest.approx(1 - 1 / 5)
+
+
+def test_explanation(vipa_cfg, make_inputs):
+    model = build(vipa_cfg).eval()
+    inputs = make_inputs(size=SIZE, lengths=[6, 4, 5])
+    explanation = model.explanations([inputs])[0]
+    length = 6  # of the longest sentence: padding behind it is cut off
+    assert {name: tuple(x.shape) for name, x in explanation.maps.items()} == {
+        "relevance": (3, length, 2, 3),
+        "retrieved": (3, length, 2, 3),
+        "decoder 4": (3, length, 2, 3),
+        "decoder 3": (3, length, 4, 6),
+        "decoder 2": (3, length, 8, 12),
+        "decoder 1": (3, length, 16, 24),
+    }
+    assert (explanation.maps["retrieved"].flatten(2).sum(2) == 1).all()  # floor(0.3 * 6)
+    attended = explanation.maps["decoder 1"].sum(1)
+    assert torch.allclose(attended, torch.ones_like(attended), atol=1e-5)
+    assert not explanation.maps["decoder 1"][1, 4:].any()  # padding
+    assert set(explanation.entropy) == {f"decoder {i}" for i in (4, 3, 2, 1)}
+    assert explanation.pixels.shape == (3, 2, 3, 16) and explanation.tokens.shape == (3, length, 16)
+    language = build(vipa_cfg, "KEY_VALUES", "language").eval().explanations([inputs])[0]
+    assert set(language.maps) == {f"decoder {i}" for i in (4, 3, 2, 1)}
+    all_tokens = build(vipa_cfg, "GENERATOR.RETRIEVE", False).eval().explanations([inputs])[0]
+    assert set(all_tokens.maps) == {"relevance"} and all_tokens.tokens.shape == (3, 6, 16)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["ENCODER", "middle"], "ENCODER is 'middle'"),
+        (["KEY_VALUES", "both"], "KEY_VALUES is 'both'"),
+        (["RELEVANCE_LOSS", "dice"], "RELEVANCE_LOSS is 'dice'"),
+        (["GENERATOR.RETRIEVE", False, "RELEVANCE_LOSS", "none"], "nothing would use"),
+        (["DECODER.ATTENTION_STAGES", (5,)], "ATTENTION_STAGES"),
+        (["DECODER.ATTENTION_STAGES", ()], "ATTENTION_STAGES"),
+        (["DECODER.NUM_CONVS", 0], "NUM_CONVS"),
+    ],
+    ids=lambda x: str(x),
+)
+def test_wrong_values_are_refused(changes, message, vipa_cfg):
+    with pytest.raises(ValueError, match=message):
+        build(vipa_cfg, *changes)
+
+
+@pytest.mark.parametrize("from_bert", [True, False])
+def test_early_fusion_needs_layers_to_distribute(from_bert, vipa_cfg):
+    vipa_cfg.MODEL.RIS.TEXT.BERT.DEPTH = 6
+    with pytest.raises(ValueError, match="more than 6 BERT layers"):
+        build(vipa_cfg, "INIT_STAGES_FROM_BERT", from_bert)
+
+
+def test_bfloat16_trains_and_stays_near_fp32(vipa_cfg, make_inputs):
+    model, inputs = build(vipa_cfg, "GENERATOR.GUMBEL_SCALE", 0.0), [make_inputs(size=SIZE)]
+    expected = {name: loss.item() for name, loss in model(inputs).items()}
+    model.precision = "bf16"
+    losses = model(inputs)
+    sum(losses.values()).backward()
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=0.05)
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_it_learns_one_image(vipa_cfg, make_inputs):
+    vipa_cfg.MODEL.RIS.NO_TARGET = "head"
+    model, inputs = build(vipa_cfg, "DECODER.NORM", "GN", "DIM", 32), make_inputs(size=SIZE)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        terms = model([inputs])
+        sum(terms.values()).backward()
+        optimizer.step()
+        losses.append(sum(v for k, v in terms.items() if k != "loss_relevance").item())
+    assert losses[-1] < 0.3 * losses[0]
+    assert [r["no_target"] for r in model.eval()([inputs])[0]["referring"]] == [False, False, True]
