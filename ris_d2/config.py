@@ -47,6 +47,7 @@ def add_ris_config(cfg: CN) -> None:
     _add_bert_keys(cfg)
     _add_vit_keys(cfg)
     _add_shared_ris_keys(cfg)
+    _add_asda_keys(cfg)
     _add_risam_keys(cfg)
     _add_deris_keys(cfg)
     _add_vipa_keys(cfg)
@@ -97,6 +98,16 @@ def _add_data_keys(cfg: CN) -> None:
     # methods do.
     cfg.INPUT.RIS.TOKENIZER.CLEAN = True
     cfg.INPUT.RIS.MAX_TOKENS = 20  # L, special tokens included; longer sentences are cut
+    # Non-referent sample conversion (DeRIS): a sentence with a target is replaced by one that is
+    # not true of the image.
+    cfg.INPUT.RIS.NSC = CN()
+    cfg.INPUT.RIS.NSC.RATE = 0.0  # R_c, share of the sentences with a target; 0 = off, DeRIS 0.15
+    # paper: the new sentence comes from another image, has more than MIN_WORDS words, and is
+    # compared by words. released: any image, any length, compared by characters.
+    cfg.INPUT.RIS.NSC.RULES = "paper"
+    cfg.INPUT.RIS.NSC.MIN_WORDS = 2  # N_w; of RULES "paper" only
+    # T_s: mean of Jaccard and cosine similarity to the replaced sentence must lie below
+    cfg.INPUT.RIS.NSC.SIMILARITY = 0.6
 
 
 def _add_model_keys(cfg: CN) -> None:
@@ -111,7 +122,7 @@ def _add_model_keys(cfg: CN) -> None:
     # fp32 | bf16 | fp16 (GPU only): autocast around the whole forward
     cfg.MODEL.RIS.PRECISION = "fp32"
     # Parts without gradient, {part: eval | train}: the mode says whether dropout, DropPath and
-    # BatchNorm behave as in evaluation or as in training.
+    # BatchNorm behave as in evaluation or as in training. none: a _BASE_ freezes it, this does not.
     cfg.MODEL.RIS.FREEZE = CN(new_allowed=True)
     # Who says "nothing": none (published RIS: nobody), area (fewer than TEST.NO_TARGET_MIN_AREA
     # foreground pixels), head (the method's own decision, or our small existence head where it has
@@ -126,8 +137,13 @@ def _add_model_keys(cfg: CN) -> None:
     cfg.MODEL.RIS.SIGMOID_FIRST = True
     cfg.MODEL.RIS.THRESHOLD_FIRST = False
     cfg.MODEL.RIS.TEXT = CN()
-    # Text encoder of methods that choose one: RISCLIPText | RISBert
+    # Text encoder of methods that choose one: RISCLIPText | RISBert | RISCausalLM
     cfg.MODEL.RIS.TEXT.NAME = "RISCLIPText"
+    # Any causal language model of transformers: folder or name on the hub; PRETRAINED False reads its
+    # config.json only. Its tokenizer: INPUT.RIS.TOKENIZER KIND hf.
+    cfg.MODEL.RIS.TEXT.CAUSAL_LM = CN()
+    cfg.MODEL.RIS.TEXT.CAUSAL_LM.PATH = ""
+    cfg.MODEL.RIS.TEXT.CAUSAL_LM.PRETRAINED = True
 
 
 def _add_solver_keys(cfg: CN) -> None:
@@ -417,3 +433,48 @@ def _add_vipa_keys(cfg: CN) -> None:
     cfg.MODEL.VIPA.RELEVANCE_WEIGHT = 1.0
     # Eq. 4 has no temperature (False); cosines alone keep sigma(s) between 0.27 and 0.73.
     cfg.MODEL.VIPA.LEARN_RELEVANCE_TEMPERATURE = False
+
+
+def _add_asda_keys(cfg: CN) -> None:
+    # ASDA. Its backbone is MODEL.BACKBONE.NAME RISCLIPViT, its text encoder RISCLIPText.
+    cfg.MODEL.ASDA = CN()
+    cfg.MODEL.ASDA.DIM = 512  # C of F_coarse and all behind it
+    cfg.MODEL.ASDA.NUM_HEADS = 8
+    cfg.MODEL.ASDA.DROPOUT = 0.1  # of both attentions and their feed-forward layers
+    cfg.MODEL.ASDA.NORM = "BN"  # BN | SyncBN | nnSyncBN | GN | ...
+    # Weight of the last batch in running statistics. Released: 0.999, the last batch almost alone.
+    cfg.MODEL.ASDA.NORM_MOMENTUM = 0.999
+    # Adaptive Feature Selection. Candidate layers (1-based) of F_L and F_M; one layer is a manual
+    # choice (Table 2 b: 6 and 9).
+    cfg.MODEL.ASDA.SELECTION = CN()
+    cfg.MODEL.ASDA.SELECTION.LOW_LAYERS = (4, 5, 6)
+    cfg.MODEL.ASDA.SELECTION.MID_LAYERS = (7, 8, 9)
+    # hard: argmax, as released; no gradient reaches the selector, which stays as it was initialised
+    # and is frozen. straight_through: hard forward, the softmax's gradient backward. soft: mixture.
+    cfg.MODEL.ASDA.SELECTION.MODE = "hard"
+    # Phi_as (Table 5): linear (one Linear(D,1) for all candidates, released), concat (Linear(3D,3)
+    # on the concatenation, Eq. 2 to the letter), conv, mlp. To compare them, train them: MODE
+    # straight_through.
+    cfg.MODEL.ASDA.SELECTION.NETWORK = "linear"
+    # layer: [CLS] of layer l meets the sentence in layer l of the text encoder (released); final:
+    # it meets f_E (Eq. 1).
+    cfg.MODEL.ASDA.SELECTION.TEXT = "layer"
+    # Scale-wise Feature Aggregator: released (levels enlarged, top down) | paper (levels shrunk,
+    # bottom up, Eq. 5) | concat (one scale, after CRIS, Table 2 b, c) | none (F_G alone, Table 2 a).
+    cfg.MODEL.ASDA.AGGREGATOR = "released"
+    # Words: dual (they weight the response masks, Fig. 3) | single (the pixels read them, then one
+    # mask; Table 2 e) | none (no attention at all; Table 2 a to d).
+    cfg.MODEL.ASDA.ALIGNER = "dual"
+    cfg.MODEL.ASDA.ATTENTION_LAYERS = 2  # n of Local Visual Attention (Table 3)
+    cfg.MODEL.ASDA.PRE_NORM = False  # LayerNorm after the sums (released) or before (Eq. 6, 8)
+    # released (2 + 3 convolutions, the last one 3x3) | paper (3 convolutions, the last one 1x1).
+    cfg.MODEL.ASDA.DECODER = "released"
+    cfg.MODEL.ASDA.NUM_MASKS = 32  # N_c (Table 4)
+    cfg.MODEL.ASDA.RESPONSES = "relu"  # of response masks M': relu (released) | sigmoid (Eq. 7)
+    cfg.MODEL.ASDA.COEFFICIENT_KERNEL = 3  # third convolution of Phi_coef: 3 released, 1 paper
+    cfg.MODEL.ASDA.DICE_WEIGHT = 1.0
+    cfg.MODEL.ASDA.FOCAL_WEIGHT = 1.0
+    # The released "focal" loss is plain cross-entropy: alpha -1 (no weights), gamma 0. RetinaNet's,
+    # which the paper cites: 0.25 and 2.
+    cfg.MODEL.ASDA.FOCAL_ALPHA = -1.0
+    cfg.MODEL.ASDA.FOCAL_GAMMA = 0.0

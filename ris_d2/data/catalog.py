@@ -284,12 +284,12 @@ def _eval_images(dataset: Dataset) -> set[str]:
                 "out the images of its members' evaluation splits; DATASETS.DROP_EVAL_IMAGES False "
                 "trains without leaving out any"
             ) from error
-        images.update(_image_key(record) for record in records)
+        images.update(image_key(record) for record in records)
     return images
 
 
 def _without(records: list[dict], eval_images: set[str], name: str) -> list[dict]:
-    kept = [record for record in records if _image_key(record) not in eval_images]
+    kept = [record for record in records if image_key(record) not in eval_images]
     logger.info(
         "%s: dropped %d of %d images (%d of %d expressions) that evaluation splits use",
         name,
@@ -310,8 +310,8 @@ def _expressions(records: list[dict]) -> int:
     return sum(len(record["expressions"]) for record in records)
 
 
-def _image_key(record: dict) -> str:
-    # Image ids collide between families: an image is its root and its file name.
+def image_key(record: dict) -> str:
+    """What identifies a record's image: its file, since image ids collide between families."""
     folder, name = os.path.split(record["file_name"])
     return os.path.join(_real_path(folder), name)
 

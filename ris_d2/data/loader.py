@@ -1,5 +1,6 @@
 """Loaders of training units and of test images with all their expressions."""
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .catalog import load_records
 from .mapper import ReferringMapper
+from .nsc import ConversionLog, NonReferentConversion, SentencePool
 from .units import Draws, Units, build_units, take
 
 logger = logging.getLogger(__name__)
@@ -45,10 +47,12 @@ def build_train_loader(cfg: CfgNode, *, mapper: Mapper | None = None) -> "Resuma
         len(records),
         ", ".join(cfg.DATASETS.TRAIN),
     )
+    conversion = NonReferentConversion(cfg)
     return ResumableTrainLoader(
         records=records,
         units=units,
         mapper=mapper or ReferringMapper(cfg, is_train=True),
+        conversion=conversion if conversion.rate else None,
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         units_per_step=cfg.SOLVER.IMS_PER_BATCH,
         accumulation=cfg.SOLVER.RIS.ACCUMULATION,
@@ -76,6 +80,7 @@ class ResumableTrainLoader:
         records: Sequence[dict],
         units: Units,
         mapper: Mapper,
+        conversion: NonReferentConversion | None = None,
         seed: int,
         units_per_step: int,
         accumulation: int = 1,
@@ -87,6 +92,7 @@ class ResumableTrainLoader:
         Args:
             records, units: see :func:`ris_d2.data.units.build_units`.
             mapper: mapper(unit record, rng) -> model input.
+            conversion: of some units' sentences, before they are mapped.
             units_per_step: of all processes and micro-batches together.
             accumulation: micro-batches per optimizer step.
 
@@ -107,6 +113,9 @@ class ResumableTrainLoader:
         self._records = DatasetFromList(records, serialize=True)
         self._units = units
         self._mapper = mapper
+        if conversion is not None:
+            conversion = functools.partial(conversion, pool=SentencePool(self._records))
+        self._conversion = conversion
         self._accumulation = accumulation
         self._batch_size = units_per_step // (world_size * accumulation)
         self._num_workers = num_workers
@@ -119,13 +128,14 @@ class ResumableTrainLoader:
         A generator: detectron2 0.6 calls iter() in the trainer's constructor, before a checkpoint
         can say where to start.
         """
-        dataset = _DrawnUnits(self._records, Draws(self._units, seed=self.seed), self._mapper)
+        draws = Draws(self._units, seed=self.seed)
+        dataset = _DrawnUnits(self._records, draws, self._mapper, self._conversion)
         batches = _DrawNumbers(
             first=self.start * self._accumulation * self._world_size + self._rank,
             stride=self._world_size,
             batch_size=self._batch_size,
         )
-        yield from DataLoader(
+        loader = DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=self._num_workers,
@@ -133,19 +143,36 @@ class ResumableTrainLoader:
             worker_init_fn=_init_worker,
             generator=torch.Generator(),  # its own: starting workers draws no global random number
         )
+        if self._conversion is None:
+            yield from loader
+            return
+        log = ConversionLog()
+        for batch in loader:
+            log.count(batch)
+            yield batch
 
 
 class _DrawnUnits(Dataset):
     """Draw number -> model input."""
 
-    def __init__(self, records: DatasetFromList, draws: Draws, mapper: Mapper):
+    def __init__(
+        self,
+        records: DatasetFromList,
+        draws: Draws,
+        mapper: Mapper,
+        conversion: Callable[..., dict] | None,
+    ):
         self.records = records
         self.draws = draws
         self.mapper = mapper
+        self.conversion = conversion
 
     def __getitem__(self, draw: int) -> dict:
         unit, rng = self.draws(draw)
-        return self.mapper(take(self.records[unit.record], unit.expressions), rng)
+        record = take(self.records[unit.record], unit.expressions)
+        if self.conversion is not None:
+            record = self.conversion(record, rng=rng)
+        return self.mapper(record, rng)
 
 
 class _DrawNumbers(Sampler):
