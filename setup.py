@@ -33,6 +33,7 @@ setup(
     extras_require={
         "opencv": ["opencv-python-headless"],
         "beit3": ["sentencepiece"],  # reads beit3.spm; a tokenizer.json does without
+        "analysis": ["scikit-learn"],  # t-SNE of tools/attention.py
         "dev": ["pytest"],
     },
 )

@@ -31,6 +31,7 @@ class Predictor:
 
     Attributes:
         model: the meta-architecture in evaluation mode.
+        mapper: makes its input.
 
     Raises:
         FileNotFoundError, ValueError: weights or tokenizer that are missing or of another model.
@@ -44,7 +45,7 @@ class Predictor:
         RISCheckpointer(self.model, init=cfg.MODEL.INIT).load(cfg.MODEL.WEIGHTS)
         if not cfg.MODEL.WEIGHTS:
             logger.warning("MODEL.WEIGHTS is empty: the masks of an untrained model mean nothing")
-        self._mapper = ReferringMapper(cfg, is_train=False)
+        self.mapper = ReferringMapper(cfg, is_train=False)
 
     @torch.no_grad()
     def __call__(self, image: ImageInput, sentences: str | Sequence[str]) -> list[dict]:
@@ -64,13 +65,16 @@ class Predictor:
                 read or has another type or shape.
             FileNotFoundError: no such image file.
         """
+        results = self.model([self.prepare(image, sentences)])[0]["referring"]
+        return [_to_cpu(result) for result in results]
+
+    def prepare(self, image: ImageInput, sentences: str | Sequence[str]) -> dict:
+        """The model's input, one unit, for the same arguments as a call's (ReferringMapper.prepare)."""
         expressions = [
             {"expression_id": i, "ref_id": i, "text": text, "annotation_ids": []}
             for i, text in enumerate(_check_sentences(sentences))
         ]
-        inputs = self._mapper.prepare(load_rgb(image), expressions)
-        results = self.model([inputs])[0]["referring"]
-        return [_to_cpu(result) for result in results]
+        return self.mapper.prepare(load_rgb(image), expressions)
 
 
 def load_rgb(image: ImageInput) -> np.ndarray:

@@ -167,6 +167,81 @@ def contact_sheet(rows: Sequence[SheetRow], *, title: str = "", cell: int = 224)
     return np.asarray(sheet)
 
 
+def picture_grid(
+    rows: Sequence[tuple[str, Sequence[np.ndarray | None]]],
+    *,
+    columns: Sequence[str],
+    title: str = "",
+    cell: int = 160,
+) -> np.ndarray:
+    """Draw pictures in rows and named columns, each row beginning with a text.
+
+    Args:
+        rows: (text, pictures), pictures RGB uint8 (H,W,3) or None for an empty place; those of a row
+            are drawn equally wide and may differ in height.
+        columns: a name per picture of a row; longer ones are wrapped.
+        title: a line above the table.
+        cell: width of each picture and of the text in pixels.
+
+    Returns:
+        RGB uint8 (H',W',3).
+
+    Raises:
+        ValueError: without rows, or with a row of another length than ``columns``.
+    """
+    if not rows:
+        raise ValueError("a grid of pictures needs at least one row")
+    font, small = _font(_FONT_SIZE), _font(_SMALL_FONT_SIZE)
+    lines = []
+    for text, pictures in rows:
+        if len(pictures) != len(columns):
+            raise ValueError(
+                f"row {text!r} has {len(pictures)} pictures for {len(columns)} columns"
+            )
+        shown = [None if p is None else _at_width(p, cell) for p in pictures]
+        wrapped = _wrap(text, small, cell)
+        height = max(
+            [len(wrapped) * _line_height(small), *(len(p) for p in shown if p is not None)]
+        )
+        lines.append((wrapped, shown, height))
+    names = [_wrap(column, small, cell) for column in columns]
+    head = _GAP + (_line_height(font) + _GAP if title else 0)
+    top = head + max(len(name) for name in names) * _line_height(small) + _GAP // 2
+    width = _GAP + (len(columns) + 1) * (cell + _GAP)
+    sheet = Image.new("RGB", (width, top + sum(h + _GAP for _, _, h in lines)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((_GAP, _GAP), title, font=font, fill=_INK)
+    lefts = [_GAP + i * (cell + _GAP) for i in range(len(columns) + 1)]
+    for left, name in zip(lefts[1:], names, strict=True):
+        _draw_lines(draw, (left, head), name, small, _GREY)
+    for wrapped, shown, height in lines:
+        _draw_lines(draw, (lefts[0], top), wrapped, small, _INK)
+        for left, picture in zip(lefts[1:], shown, strict=True):
+            if picture is not None:
+                sheet.paste(Image.fromarray(picture), (left, top))
+        top += height + _GAP
+    return np.asarray(sheet)
+
+
+def _at_width(image: np.ndarray, width: int) -> np.ndarray:
+    _check_image(image)
+    size = (width, max(1, round(width * image.shape[0] / image.shape[1])))
+    enlarged = width > image.shape[1]
+    return cv2.resize(image, size, interpolation=cv2.INTER_CUBIC if enlarged else cv2.INTER_AREA)
+
+
+def _draw_lines(
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    lines: Sequence[str],
+    font: ImageFont.FreeTypeFont,
+    color: tuple[int, int, int],
+) -> None:
+    for number, line in enumerate(lines):
+        draw.text((corner[0], corner[1] + number * _line_height(font)), line, font=font, fill=color)
+
+
 def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
     """Write an RGB uint8 (H,W,3) image or a bool (H,W) mask (as 0 and 255) to a PNG file, atomically."""
     picture = Image.fromarray(image.astype(np.uint8) * 255 if image.dtype == bool else image)

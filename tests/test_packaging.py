@@ -11,7 +11,7 @@ import pytest
 import setuptools
 
 ROOT = Path(__file__).resolve().parents[1]
-DISTRIBUTIONS = {"PIL": "Pillow", "yaml": "PyYAML"}
+DISTRIBUTIONS = {"PIL": "Pillow", "yaml": "PyYAML", "sklearn": "scikit-learn"}
 NOT_DECLARED = {"cv2", "detectron2"}  # see setup.py
 
 

@@ -11,6 +11,7 @@ from ris_d2.visualization import (
     attention_map,
     contact_sheet,
     overlay,
+    picture_grid,
     write_png,
 )
 
@@ -159,3 +160,30 @@ def test_write_png_round_trips_images_and_masks(tmp_path, image, mask):
     stored = np.asarray(Image.open(tmp_path / "mask.png"))
     assert stored.shape == (60, 80) and set(np.unique(stored)) == {0, 255}
     assert ((stored == 255) == mask).all()
+
+
+def test_picture_grid_places_pictures_under_their_columns(image):
+    tall = np.full((80, 40, 3), 50, dtype=np.uint8)
+    rows = [("one", [image, None]), ("two", [None, tall])]
+    grid = picture_grid(rows, columns=["grey", "dark"], cell=80)
+    assert grid.dtype == np.uint8 and grid.shape[1] == 12 + 3 * (80 + 12)
+    # Letters may have any grey, pictures are whole lines of theirs.
+    ys, xs = np.nonzero((grid[:, 104:] == 100).all(2))
+    xs += 104
+    dark = (grid == 50).all(2)
+    dark[:, :196] = False
+    assert (xs.min(), xs.max() + 1) == (12 + 92, 12 + 92 + 80)
+    assert ys.max() + 1 - ys.min() == 60
+    below, right = np.nonzero(dark)
+    assert (right.min(), right.max() + 1) == (12 + 2 * 92, 12 + 2 * 92 + 80)
+    assert below.max() + 1 - below.min() == 160, "twice the size, as wide as the cell"
+    assert below.min() > ys.max(), "a row of its own"
+    titled = picture_grid(rows, columns=["grey", "dark"], cell=80, title="sentence")
+    assert titled.shape[0] > grid.shape[0]
+
+
+def test_picture_grid_refuses_rows_that_do_not_fit(image):
+    with pytest.raises(ValueError, match="at least one row"):
+        picture_grid([], columns=["a"])
+    with pytest.raises(ValueError, match="row 'x' has 1 pictures for 2 columns"):
+        picture_grid([("x", [image])], columns=["a", "b"])

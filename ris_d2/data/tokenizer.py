@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -132,6 +133,17 @@ class Tokenizer:
             input_ids[row, : len(ids)] = torch.tensor(ids)
             text_mask[row, : len(ids)] = True
         return input_ids, text_mask
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """How a person reads the ids: the pieces of words, without the marks of their edges."""
+        if self._pieces is None:
+            pieces = self._fast.convert_ids_to_tokens(list(ids))
+        else:
+            special = {i: token for token, i in _BEIT3_SPECIAL.items()}
+            pieces = [special.get(i) or self._pieces.id_to_piece(i - 1) for i in ids]
+        return [
+            piece.strip("\u2581\u0120").removeprefix("##").removesuffix("</w>") for piece in pieces
+        ]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of the words alone."""

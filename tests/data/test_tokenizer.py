@@ -156,6 +156,27 @@ def test_truncation_keeps_the_end_token(kind, beit3_file, bert_folder, clip_fold
     assert torch.equal(restored(TEXTS)[0], tokenizer(TEXTS)[0])
 
 
+@pytest.mark.parametrize("kind", ["beit3", "bert", "clip", "hf"])
+def test_tokens_for_a_person(kind, beit3_file, bert_folder, clip_folder, shapes_folder):
+    path = {"beit3": beit3_file, "bert": bert_folder, "clip": clip_folder, "hf": shapes_folder}[
+        kind
+    ]
+    tokenizer = make(kind, path, max_tokens=60)
+    ids, mask = tokenizer(["left red square"])
+    start, *words, end = tokenizer.tokens(ids[0, mask[0]].tolist())
+    assert start in ("<s>", "[CLS]", "<|startoftext|>") and end in (
+        "</s>",
+        "[SEP]",
+        "<|endoftext|>",
+    )
+    assert "".join(words) == "leftredsquare"
+    assert tokenizer.tokens([tokenizer.pad_id])[0] in (
+        "<pad>",
+        "[PAD]",
+        "!",
+    )  # CLIP's 0 is a letter
+
+
 def test_refshapes_tokenizer(shapes_folder):
     tokenizer = make("hf", shapes_folder, clean=True)
     ids, mask = tokenizer(["The red circle!", "shiny circle"])
