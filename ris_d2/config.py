@@ -349,6 +349,8 @@ def _add_deris_keys(cfg: CN) -> None:
     cfg.MODEL.DERIS.NUM_HEADS = 8
     cfg.MODEL.DERIS.FFN_DIM = 2048  # of perception and cognition layers
     cfg.MODEL.DERIS.NUM_QUERIES = 10  # N; 20 for gRefCOCO
+    cfg.MODEL.DERIS.PIXEL_DECODER_LAYERS = 6  # deformable encoder layers
+    cfg.MODEL.DERIS.PIXEL_DECODER_FFN_DIM = 1024
     cfg.MODEL.DERIS.ROUNDS = 3  # N_r, perception layers
     # Who hands queries to whom. loopback: a cognition layer after each perception layer and before
     # the first. Ours, for want of released code: p_to_c (all perception layers, then one cognition

@@ -62,13 +62,23 @@ class MultiheadAttention(nn.Module):
         Returns:
             (B, Q, query_dim)
         """
-        q, k = self._split(self.query(query)), self._split(self.key(context))
-        v = self._split(self.value(context if values is None else values))
+        return self.attend(query, *self.project(context, values), keep)
+
+    def project(self, context: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, num_heads, K, dim / num_heads) each, for ``attend``."""
+        keys = self._split(self.key(context))
+        return keys, self._split(self.value(context if values is None else values))
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
+        """``forward`` on a context that was projected before, once for several uses."""
         mask = keep
         if keep is not None:
             mask = keep[:, None, None, :] if keep.ndim == 2 else keep[:, None]
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        query = self._split(self.query(query))
+        attended = F.scaled_dot_product_attention(query, keys, values, mask, dropout)
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

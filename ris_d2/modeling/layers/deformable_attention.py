@@ -1,0 +1,138 @@
+"""Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021) without compiled code."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MultiScaleDeformableAttention(nn.Module):
+    """Each query reads a few points per head and level, which it places and weighs itself."""
+
+    def __init__(self, *, dim: int, num_heads: int, num_levels: int, num_points: int = 4):
+        """
+        Raises:
+            ValueError: if the heads do not divide ``dim``.
+        """
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.num_levels = num_levels
+        self.num_points = num_points
+        places = num_heads * num_levels * num_points
+        self.offsets = nn.Linear(dim, 2 * places)
+        self.weights = nn.Linear(dim, places)
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        """Heads look in as many directions, their points ever farther away, all with equal weight."""
+        nn.init.zeros_(self.offsets.weight)
+        nn.init.zeros_(self.weights.weight)
+        nn.init.zeros_(self.weights.bias)
+        angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)
+        directions = directions / directions.abs().max(-1, keepdim=True).values
+        steps = torch.arange(1, self.num_points + 1)
+        offsets = directions[:, None, None] * steps[:, None]  # (heads, 1, points, 2)
+        with torch.no_grad():
+            self.offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
+        for projection in (self.value, self.out):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        values: Tensor,
+        sizes: Sequence[tuple[int, int]],
+    ) -> Tensor:
+        """Places and weights are computed in fp32 under autocast.
+
+        Args:
+            query: (B, Q, dim).
+            reference: (Q, 2), (x, y) in 0..1 of the point that each query's offsets start from.
+            values: (B, sum of h * w, dim), the maps of all levels, one after the other.
+            sizes: (h, w) per level; offsets are in pixels of it.
+
+        Returns:
+            (B, Q, dim)
+        """
+        places = (self.num_heads, self.num_levels, self.num_points)
+        values = self.value(values).unflatten(2, (self.num_heads, -1))
+        with torch.autocast(query.device.type, enabled=False):
+            query = query.float()
+            offsets = self.offsets(query).unflatten(2, (*places, 2))
+            weights = self.weights(query).unflatten(2, (self.num_heads, -1)).softmax(-1)
+            extent = torch.tensor(sizes, device=query.device).flip(1)  # (levels, 2), x first
+            start = (reference[:, None] * extent).unsqueeze(2)  # (Q, levels, 1, 2)
+            points = offsets + start[:, None]
+            read = weighted_samples(values.float(), sizes, points, weights.unflatten(3, places[1:]))
+        return self.out(read.flatten(2))
+
+
+def weighted_samples(
+    values: Tensor, sizes: Sequence[tuple[int, int]], points: Tensor, weights: Tensor
+) -> Tensor:
+    """Sum bilinear samples of several maps; what lies outside of a map counts as zero.
+
+    The four neighbours of all points of a query and head are summed in one weighted embedding bag: of
+    ``grid_sample`` per level, whose samples have to be stored and summed, this takes a sixth of the
+    time, and an eighth of the memory for the backward pass.
+
+    Args:
+        values: float32 (B, sum of h * w, M, D), M heads.
+        sizes: (h, w) of each of L maps.
+        points: float32 (B, Q, M, L, P, 2), (x, y) in pixels; the centre of the first is at 0.5.
+        weights: float32 (B, Q, M, L, P).
+
+    Returns:
+        float32 (B, Q, M, D)
+    """
+    batch, length, heads, _ = values.shape
+    levels, per_level = points.shape[3:5]
+    device = values.device
+    # Per place (head, level, point), so that the innermost loops are long.
+    heights, widths = (
+        torch.tensor(lengths, device=device).repeat_interleave(per_level).repeat(heads)
+        for lengths in zip(*sizes, strict=True)
+    )
+    areas = torch.tensor([0] + [h * w for h, w in sizes], device=device)
+    first = areas.cumsum(0)[:levels].repeat_interleave(per_level).repeat(heads) * heads
+    first = first + torch.arange(heads, device=device).repeat_interleave(levels * per_level)
+    first = first + torch.arange(batch, device=device)[:, None, None] * (length * heads)
+
+    x, y = points.flatten(2, 4).unbind(-1)
+    columns, rows = _neighbours(x, widths.int()), _neighbours(y, heights.int())
+    weights, first, widths = weights.flatten(2), first.int(), widths.int()
+    index, share = [], []
+    for row, row_share in rows:
+        row_start, row_share = row * widths, row_share * weights
+        for column, column_share in columns:
+            index.append((row_start + column) * heads + first)
+            share.append(row_share * column_share)
+    bags = batch * points.shape[1] * heads
+    read = F.embedding_bag(
+        torch.stack(index, -1).view(bags, -1),
+        values.reshape(batch * length * heads, -1),
+        per_sample_weights=torch.stack(share, -1).view(bags, -1),
+        mode="sum",
+    )
+    return read.view(batch, -1, heads, read.shape[-1])
+
+
+def _neighbours(position: Tensor, length: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The two pixels around a position on an axis and their shares, 0 for one that is outside."""
+    position = position - 0.5
+    low = position.floor()
+    high_share = position - low
+    low = low.int()
+    return [
+        (torch.minimum(pixel.clamp(min=0), length - 1), share * ((pixel >= 0) & (pixel < length)))
+        for pixel, share in ((low, 1 - high_share), (low + 1, high_share))
+    ]
