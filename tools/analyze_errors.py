@@ -1,0 +1,148 @@
+"""Say where an evaluated model loses gIoU: perception or cognition, small targets or large ones.
+
+    python tools/analyze_errors.py output/inference/ris_grefcoco_unc_val/per_expression.jsonl
+        [more files] [--edges 0 1 5 10 30 100] [--json FILE] [--plot FILE.png]
+
+Reads the per_expression.jsonl of an evaluation. Perception has lost what even an oracle that chooses
+among the predicted instances cannot reach; cognition what the oracle would have gained (DeRIS, ICCV
+2025: "cognition is the bottleneck"). This needs results with instances (TEST.INSTANCES True, methods
+with queries); the IoU by target size (Shared-RIS, Fig. 6) needs nothing.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from tabulate import tabulate
+
+from ris_d2.evaluation.errors import (
+    SIZE_EDGES,
+    attribute_loss,
+    by_target_size,
+    read_per_expression,
+)
+from ris_d2.evaluation.report import finite_or_null
+from ris_d2.io import atomic_write
+
+
+def describe(analysis: dict) -> str:
+    """The tables of one file."""
+    loss, sizes = analysis["loss"], analysis["target_size"]
+    parts = []
+    if loss:
+        columns = ("gIoU", "oracle", "lost", "perception", "cognition")
+        reasons = ("wrong_choice", "denied", "invented")
+        shares = ("perception_share", "cognition_share", "failed", "failed_with_mask")
+        header = ["group", "expressions", *columns, *reasons, *(f"{name} %" for name in shares)]
+        rows = [
+            [group, values["num_expressions"]]
+            + [_number(values[name]) for name in (*columns, *reasons, *shares)]
+            for group, values in loss.items()
+        ]
+        whole = loss["all"]
+        parts += [_table(rows, header), _sentence(whole)]
+        if whole["num_expressions"] < analysis["num_expressions"]:
+            parts.append(
+                f"{analysis['num_expressions'] - whole['num_expressions']} expressions without "
+                "instances are left out above."
+            )
+    else:
+        parts.append(
+            "No result carries instances (TEST.INSTANCES True, for methods with queries), so the "
+            "loss cannot be split."
+        )
+    rows = [
+        [f"{100 * row['low']:g}-{100 * row['high']:g} %", row["num_expressions"]]
+        + [_number(row[name]) for name in ("mIoU", "Pr@0.5", "oracle_mIoU")]
+        for row in sizes
+    ]
+    header = ["target / image", "expressions", "mIoU", "Pr@0.5", "oracle mIoU"]
+    parts.append(_table(rows, header) if rows else "No expression has a target.")
+    return "\n\n".join(parts)
+
+
+def _sentence(whole: dict) -> str:
+    if math.isnan(whole["perception_share"]):
+        return "No gIoU is lost."
+    text = (
+        f"Of {whole['lost']:.2f} points of lost gIoU, perception loses "
+        f"{whole['perception']:.2f} ({whole['perception_share']:.1f} %: no query has the mask) and "
+        f"cognition {whole['cognition']:.2f} ({whole['cognition_share']:.1f} %: the wrong queries "
+        "were chosen)."
+    )
+    if whole["failed"]:
+        text += (
+            f" {whole['failed']:.1f} % of the expressions stay below 0.5; for "
+            f"{whole['failed_with_mask']:.1f} % of those the queries have a mask above."
+        )
+    return text
+
+
+def _table(rows: list[list], header: list[str]) -> str:
+    return tabulate(rows, header, tablefmt="pipe", disable_numparse=True)
+
+
+def _number(value: float) -> str:
+    return "n/a" if math.isnan(value) else f"{value:.2f}"
+
+
+def plot(analyses: dict[str, dict], path: str) -> None:
+    """IoU over target size, one line per file; the oracle's dashed."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, analysis in analyses.items():
+        sizes = analysis["target_size"]
+        centres = [100 * (row["low"] + row["high"]) / 2 for row in sizes]
+        (line,) = axes.plot(centres, [row["mIoU"] for row in sizes], marker="o", label=name)
+        if analysis["loss"]:
+            oracle = [row["oracle_mIoU"] for row in sizes]
+            axes.plot(centres, oracle, "--", color=line.get_color(), label=f"{name}, oracle")
+    axes.set(xlabel="target area / image area (%)", ylabel="mIoU (%)", ylim=(0, 100))
+    axes.set_xscale("symlog", linthresh=1)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", help="per_expression.jsonl of evaluations")
+    parser.add_argument(
+        "--edges",
+        nargs="+",
+        type=float,
+        default=[100 * edge for edge in SIZE_EDGES],
+        help="of the bins of target size, percent of the image (default: %(default)s)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser.add_argument("--plot", metavar="FILE", help="draw IoU over target size there (.png)")
+    args = parser.parse_args(arguments)
+
+    analyses = {}
+    try:
+        for file in args.files:
+            rows = read_per_expression(file)
+            analyses[file] = {
+                "num_expressions": len(rows["gIoU"]),
+                "loss": attribute_loss(rows),
+                "target_size": by_target_size(rows, [edge / 100 for edge in args.edges]),
+            }
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    for file, analysis in analyses.items():
+        print(f"{file}: {analysis['num_expressions']} expressions\n\n{describe(analysis)}\n")
+    if args.json:
+        with atomic_write(args.json) as file:
+            json.dump(finite_or_null(analyses), file, indent=2)
+    if args.plot:
+        plot({Path(file).parent.name or file: a for file, a in analyses.items()}, args.plot)
+
+
+if __name__ == "__main__":
+    main()
