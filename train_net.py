@@ -23,7 +23,7 @@ from detectron2.utils.logger import setup_logger
 
 from ris_d2 import load_config
 from ris_d2.checkpoint import RISCheckpointer
-from ris_d2.engine import Trainer
+from ris_d2.engine import Trainer, leave_process_group
 
 logger = logging.getLogger("ris_d2.train_net")
 
@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
     # ``detectron2.engine.launch`` is the function; its module has what runs in each process.
     worker = importlib.import_module("detectron2.engine.launch")._distributed_worker
     worker(local_rank, main, world_size, local_size, rank // local_size, "env://", (args,))
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from detectron2.evaluation import inference_on_dataset
 
+from ris_d2.engine import leave_process_group
 from ris_d2.evaluation import ReferringEvaluator
 from ris_d2.masks import encode
 
@@ -77,8 +78,7 @@ def main(rank: int, world_size: int, output_dir: str) -> None:
     if rank:
         with open(os.path.join(output_dir, f"rank{rank}.txt"), "w") as file:
             file.write(str(dict(results)))
-    if world_size > 1:
-        dist.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":
