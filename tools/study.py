@@ -472,11 +472,10 @@ def report(study: Study, output: str) -> str:
     tables = [
         f"## {title}\n\n{_table(study, rows, finished)}" for title, rows in study.groups.items()
     ]
-    unfinished = [
-        f"- {cell}, seed {seed}: {_describe(record)}"
-        for (cell, seed), record in records.items()
-        if record["state"] != "finished"
-    ]
+    unfinished: dict[tuple[str, str], list[str]] = {}
+    for (cell, seed), record in records.items():
+        if record["state"] != "finished":
+            unfinished.setdefault((cell, _describe(record)), []).append(str(seed))
     cells = [
         (name, f"`{_relative(config)}`", f"`{shlex.join(options)}`" if options else "")
         for name, (config, options) in study.cells.items()
@@ -491,7 +490,7 @@ def report(study: Study, output: str) -> str:
                 + spread * (len(study.seeds) > 1)
                 + " Metrics in percent; s/iteration is the median of the training, evaluation apart.",
                 *tables,
-                *(["## Unfinished", "\n".join(unfinished)] if unfinished else []),
+                *(["## Unfinished", _list(unfinished)] if unfinished else []),
                 "## How it was made",
                 _conditions(study, all_finished),
                 f"```\n{_reproduce(study, output)}\n```",
@@ -499,6 +498,13 @@ def report(study: Study, output: str) -> str:
             ]
         )
         + "\n"
+    )
+
+
+def _list(unfinished: Mapping[tuple[str, str], Sequence[str]]) -> str:
+    return "\n".join(
+        f"- {cell}, {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)}: {description}"
+        for (cell, description), seeds in unfinished.items()
     )
 
 
@@ -578,7 +584,7 @@ def _conditions(study: Study, records: Sequence[Mapping]) -> str:
     evaluated = ", ".join(f"{label} is `{name}`" for label, name in study.datasets.items())
     machines = sorted(
         {
-            f"{m['cores']} cores, {m['threads']} threads, torch {m['torch']}"
+            f"{m['cores']} cores, OMP_NUM_THREADS {m['threads']}, torch {m['torch']}"
             for m in (record["machine"] for record in records)
         }
     )

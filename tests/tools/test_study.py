@@ -114,7 +114,7 @@ def test_interrupted_resumed_kept_and_changed(study, files, train, tmp_path, cap
     with pytest.raises(SystemExit, match="run it again"):
         study.main([files(), *arguments])
     assert "- narrow, seed 1: stopped after" in page.read_text()
-    assert "- wide, seed 2: not started" in page.read_text()
+    assert "- wide, seeds 1, 2: not started" in page.read_text()
 
     study.main([files(), *arguments])
     cells = [re.search(r"runs/(\w+)/seed(\d)", c[-1]).groups() for c in train.commands]
@@ -143,8 +143,9 @@ def test_interrupted_resumed_kept_and_changed(study, files, train, tmp_path, cap
     # Other settings: what no longer holds is not shown, and only that is trained again.
     changed = files({"DIM: 16": "DIM: 24"})
     study.main([changed, *arguments, "--report-only"])
-    assert "- narrow, seed 2: not run yet with these settings (changed: MODEL.SHARED_RIS.DIM)" in (
-        page.read_text()
+    assert (
+        "- narrow, seeds 1, 2: not run yet with these settings (changed: MODEL.SHARED_RIS.DIM)"
+        in (page.read_text())
     )
     study.main([changed, *arguments])
     assert [command[-1][-12:] for command in train.commands[6:]] == ["narrow/seed1", "narrow/seed2"]
@@ -224,7 +225,7 @@ def test_the_page(study, files, tmp_path):
     wide = ["1 of 2", *2 * ["50.0", "n/a"], "1.23 M", "4", "1.5", "0.200", "1.00"]
     assert rows["wide"] == rows["default"] == wide
     assert "- wide, seed 2: failed: OSError: no b.pth\n" in text
-    assert "3 of 4 runs finished" in text and "2 cores, 1 threads, torch 2.5" in text
+    assert "3 of 4 runs finished" in text and "2 cores, OMP_NUM_THREADS 1, torch 2.5" in text
     assert "4 train, 2 val, 2 heldout images; size 64, max_shapes 4." in text
     assert "python tools/study.py widths.yaml --output out\n" in text
 
