@@ -171,6 +171,9 @@ def _add_test_keys(cfg: CN) -> None:
     # (height, width) of masks and ground truth in evaluation; () = each image's original size. The
     # published 480x480 (ReLA, LAVT) and 384x384 (DeRIS) protocols set it.
     cfg.TEST.RESOLUTION = ()
+    # How ground truth is resized to it: corner (cv2's nearest: DeRIS) | center (PIL's nearest: LAVT,
+    # CrossVLT and the lineage of VIPA). At 480x480 the two differ by 1 % IoU.
+    cfg.TEST.SAMPLE = "corner"
     cfg.TEST.MAX_EXPRESSIONS = 32  # expressions segmented at once in evaluation (bounds memory)
     cfg.TEST.NO_TARGET_MIN_AREA = 50  # pixels at output size, for MODEL.RIS.NO_TARGET "area"
     cfg.TEST.BEST_METRIC = "gIoU"  # keeps model_best.pth; mean over DATASETS.TEST
@@ -218,6 +221,8 @@ def _add_clip_keys(cfg: CN) -> None:
     cfg.MODEL.RIS.TEXT.CLIP.VOCAB_SIZE = 49408
     # Rows of the position table, of CLIP's 77; 0 = INPUT.RIS.MAX_TOKENS.
     cfg.MODEL.RIS.TEXT.CLIP.NUM_POSITIONS = 0
+    # Random weights: released (replaced by pretrained weights) | scratch (Xavier, wider words; ours).
+    cfg.MODEL.RIS.TEXT.CLIP.INIT = "released"
 
 
 def _add_bert_keys(cfg: CN) -> None:
@@ -244,6 +249,9 @@ def _add_vit_keys(cfg: CN) -> None:
     cfg.MODEL.RIS.SAM.WINDOW_SIZE = 14
     # Blocks (0-based) with global attention; their outputs are the features global1, global2, ...
     cfg.MODEL.RIS.SAM.GLOBAL_BLOCKS = (7, 15, 23, 31)
+    # patch: SAM's linear patch embedding; conv: stride-2 3x3 convolutions (ours, for training from
+    # scratch on small data).
+    cfg.MODEL.RIS.SAM.STEM = "patch"
     cfg.MODEL.RIS.SAM.NECK = False  # one more feature, neck: what SAM's own mask decoder reads
     # RISViT backbone: a ViT of timm, and the blocks (0-based) whose outputs are the features block<i>.
     cfg.MODEL.RIS.VIT = CN()
@@ -358,6 +366,11 @@ def _add_deris_keys(cfg: CN) -> None:
     # hierarchical (p_to_c with f_v added at each level of the pixel decoder).
     cfg.MODEL.DERIS.QUERY_FLOW = "loopback"
     cfg.MODEL.DERIS.VISUAL_FEATURES = True  # f_v in f_m = Conv(Concat(f_h4, f_v)); False: f_h4 alone
+    # Whom an instance attends in a cognition layer. queries: the other queries of its expression, told
+    # apart by mask priors, as the paper says. released: by swapped axes, the released code lets query
+    # n attend query n of the other expressions in the batch, or, of a batch of one, itself; so do
+    # training and evaluation here, and only so the released weights give the published numbers.
+    cfg.MODEL.DERIS.INSTANCE_ATTENTION = "released"
     # Positions that the cognition layers add to words: sine, or released: its frequencies are cast
     # to integers, so that all but the first are 0; released weights need it.
     cfg.MODEL.DERIS.TEXT_POSITIONS = "released"

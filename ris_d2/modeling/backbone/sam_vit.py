@@ -9,6 +9,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
+from ..layers.stem import conv_stem
+
 NECK_CHANNELS = 256
 
 
@@ -31,6 +33,7 @@ class RISSAMViT(Backbone):
         num_heads: int = 16,
         window_size: int = 14,
         global_blocks: Sequence[int] = (7, 15, 23, 31),
+        stem: str = "patch",
         neck: bool = False,
     ):
         """The defaults are ViT-H.
@@ -38,12 +41,13 @@ class RISSAMViT(Backbone):
         Args:
             image_size: (H, W), equal and a multiple of ``patch_size``; fixes the position tables.
             global_blocks: blocks (0-based, increasing, the last block among them) with global attention.
+            stem: patch (SAM) or conv (ours, for training from scratch on small data).
             neck: also return what SAM's own mask decoder reads. Without it the neck, part of the
                 published encoder, is frozen: nothing would train it.
 
         Raises:
             ValueError: if the image is not square or not a multiple of the patch size, or the last
-                block (which nothing would read then) is not global.
+                block (which nothing would read then) is not global, or for an unknown stem.
         """
         super().__init__()
         from transformers import SamVisionConfig, SamVisionModel
@@ -71,6 +75,10 @@ class RISSAMViT(Backbone):
             global_attn_indexes=list(global_blocks),
         )
         self.vision_encoder = SamVisionModel(config).vision_encoder
+        if stem not in ("patch", "conv"):
+            raise ValueError(f"MODEL.RIS.SAM.STEM is {stem!r}, not patch or conv")
+        if stem == "conv":
+            self.vision_encoder.patch_embed = _ConvStem(dim=embed_dim, patch_size=patch_size)
         self.apply(_init_weights)
         nn.init.trunc_normal_(self.vision_encoder.pos_embed, std=0.02)
         self.vision_encoder.neck.requires_grad_(neck)
@@ -86,6 +94,7 @@ class RISSAMViT(Backbone):
             "num_heads": sam.NUM_HEADS,
             "window_size": sam.WINDOW_SIZE,
             "global_blocks": sam.GLOBAL_BLOCKS,
+            "stem": sam.STEM,
             "neck": sam.NECK,
         }
 
@@ -140,6 +149,16 @@ class RISSAMViT(Backbone):
                 rows = F.interpolate(table.float().T[None], size=len(own[name]), mode="linear")
                 fitted[name] = rows[0].T.to(table.dtype)
         return {**state_dict, **fitted}, sorted(fitted)
+
+
+class _ConvStem(nn.Module):
+    def __init__(self, *, dim: int, patch_size: int):
+        super().__init__()
+        self.convs = conv_stem(dim=dim, patch_size=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, H/p, W/p, dim)"""
+        return self.convs(images).permute(0, 2, 3, 1)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -29,16 +29,23 @@ class RISCLIPText(nn.Module):
         num_heads: int = 8,
         vocab_size: int = 49408,
         num_positions: int = 77,
+        init: str = "released",
     ):
         """The defaults are the text transformer of CLIP ViT-B/16.
 
         Args:
             num_positions: rows of the position table, the longest sentence in tokens. A checkpoint's
                 longer table is cut, a shorter one refused.
+            init: of random weights: "released", or "scratch" where no pretrained ones follow.
+
+        Raises:
+            ValueError: for an unknown init.
         """
         super().__init__()
         from transformers import CLIPTextConfig, CLIPTextModel
 
+        if init not in ("released", "scratch"):
+            raise ValueError(f"MODEL.RIS.TEXT.CLIP.INIT is {init!r}, not released or scratch")
         self.dim, self.depth, self.vocab_size = dim, depth, vocab_size
         self.num_positions = num_positions
         model = CLIPTextModel(
@@ -53,6 +60,8 @@ class RISCLIPText(nn.Module):
         )
         # transformers 4 has one more level than 5.
         self.transformer = getattr(model, "text_model", model)
+        if init == "scratch":
+            self.apply(_init_scratch)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -63,6 +72,7 @@ class RISCLIPText(nn.Module):
             "num_heads": clip.NUM_HEADS,
             "vocab_size": clip.VOCAB_SIZE,
             "num_positions": clip.NUM_POSITIONS or cfg.INPUT.RIS.MAX_TOKENS,
+            "init": clip.INIT,
         }
 
     def forward(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
@@ -103,3 +113,12 @@ class RISCLIPText(nn.Module):
                 f"MODEL.RIS.TEXT.CLIP.NUM_POSITIONS) to {len(table)}, or start from CLIP's own 77"
             )
         return {**state_dict, name: table[: self.num_positions]}, [name]
+
+
+def _init_scratch(module: nn.Module) -> None:
+    """Wider than CLIP's, whose words (0.02) drown in what the first layer adds to them."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.5)

@@ -62,9 +62,9 @@ def test_a_window_sees_itself_and_a_global_block_everything():
     assert not torch.allclose(*last, atol=1e-4)
 
 
-@pytest.mark.parametrize("neck", [False, True])
-def test_every_parameter_that_is_read_learns(neck):
-    model = tiny(neck=neck)
+@pytest.mark.parametrize("neck, stem", [(False, "patch"), (True, "conv")])
+def test_every_parameter_that_is_read_learns(neck, stem):
+    model = tiny(neck=neck, stem=stem)
     outputs = model(torch.randn(1, 3, 48, 48))
     sum(x.square().sum() for x in outputs.values()).backward()
     trained = {n for n, p in model.named_parameters() if p.grad is not None}
@@ -95,6 +95,7 @@ def test_positions_fit_another_size():
         ({"image_size": (50, 50)}, "multiple of 8"),
         ({"global_blocks": (1, 2)}, "end with the last block, 3"),
         ({"global_blocks": (3, 1, 3)}, "must increase"),
+        ({"stem": "linear"}, "STEM is 'linear'"),
     ],
 )
 def test_settings_that_make_no_sense(changes, message):

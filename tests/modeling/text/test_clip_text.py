@@ -57,3 +57,21 @@ def test_unknown_encoder_lists_the_known():
     cfg.MODEL.RIS.TEXT.NAME = "RISWord2Vec"
     with pytest.raises(ValueError, match="RISWord2Vec.*RISCLIPText"):
         build_text_encoder(cfg)
+
+
+def test_words_of_the_init_from_scratch_do_not_drown():
+    """The last state still tells the word at its place from others, where CLIP's own init does not."""
+    ids = torch.arange(1, 8)[None]
+    other = ids.clone()
+    other[0, 5] = 20
+    change = {}
+    for init in ("released", "scratch"):
+        torch.manual_seed(0)
+        model = RISCLIPText(
+            dim=16, depth=3, num_heads=2, vocab_size=30, num_positions=7, init=init
+        ).eval()
+        with torch.no_grad():
+            change[init] = (model(ids, ids > 0) - model(other, ids > 0))[0, 5].norm()
+    assert change["scratch"] > 1.5 * change["released"]
+    with pytest.raises(ValueError, match="TEXT.CLIP.INIT is 'xavier'"):
+        RISCLIPText(init="xavier")
