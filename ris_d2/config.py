@@ -371,6 +371,11 @@ def _add_deris_keys(cfg: CN) -> None:
     # n attend query n of the other expressions in the batch, or, of a batch of one, itself; so do
     # training and evaluation here, and only so the released weights give the published numbers.
     cfg.MODEL.DERIS.INSTANCE_ATTENTION = "released"
+    # Whom an instance attends in a cognition layer. queries: the other queries of its expression, told
+    # apart by mask priors, as the paper says. released: by swapped axes, the released code lets query
+    # n attend query n of the other expressions in the batch, or, of a batch of one, itself; so do
+    # training and evaluation here, and only so the released weights give the published numbers.
+    cfg.MODEL.DERIS.INSTANCE_ATTENTION = "released"
     # Positions that the cognition layers add to words: sine, or released: its frequencies are cast
     # to integers, so that all but the first are 0; released weights need it.
     cfg.MODEL.DERIS.TEXT_POSITIONS = "released"

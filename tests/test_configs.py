@@ -14,9 +14,9 @@ from ris_d2.data import refshapes
 from ris_d2.data.catalog import register_all
 from ris_d2.engine import Trainer
 from ris_d2.modeling.backbone import RISCLIPViT, RISViT
-from ris_d2.modeling.deris.criterion import DeRISCriterion
+from ris_d2.modeling.deris import DeRIS
 from ris_d2.modeling.risam import RISAM
-from ris_d2.modeling.text import build_text_encoder
+from ris_d2.modeling.text import RISCausalLM, build_text_encoder
 from ris_d2.modeling.vipa import VIPA
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -119,10 +119,13 @@ def test_every_key_is_read(tmp_path, monkeypatch):
         cfg = get_ris_cfg()
         cfg.MODEL.RIS.TEXT.NAME = name
         build_text_encoder(Recorder.of(cfg))
-    DeRISCriterion.from_config(Recorder.of(get_ris_cfg()))
+    DeRIS.from_config(Recorder.of(load_config(str(CONFIGS / "instant_test" / "deris.yaml"))))
+    RISCausalLM.from_config(Recorder.of(get_ris_cfg()))
     RISCLIPViT.from_config(Recorder.of(get_ris_cfg()))
     RISAM.from_config(Recorder.of(load_config(str(CONFIGS / "instant_test" / "risam.yaml"))))
     RISViT.from_config(Recorder.of(get_ris_cfg()))
     for options in ([], ["MODEL.VIPA.KEY_VALUES", "language"]):
-        VIPA.from_config(Recorder.of(load_config(str(CONFIGS / "instant_test" / "vipa.yaml"), options)))
+        VIPA.from_config(
+            Recorder.of(load_config(str(CONFIGS / "instant_test" / "vipa.yaml"), options))
+        )
     assert ours - Recorder.seen == set()

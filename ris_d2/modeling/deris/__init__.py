@@ -12,3 +12,7 @@ E expressions, Q queries, C channels. Between the parts go
   where instance_masks are B tensors bool (N_i, H, W) at the input's size, targets B tensors bool
   (E_i, N_i), and names B strings for messages; scalars are weighted, means over all processes' samples.
 """
+
+from .deris import DeRIS
+
+__all__ = ["DeRIS"]

@@ -29,6 +29,14 @@ def build_text_encoder(cfg: CfgNode) -> nn.Module:
 
 
 from .bert import BertStack, RISBert
+from .causal_lm import RISCausalLM
 from .clip_text import RISCLIPText  # they register themselves above
 
-__all__ = ["TEXT_ENCODER_REGISTRY", "BertStack", "RISBert", "RISCLIPText", "build_text_encoder"]
+__all__ = [
+    "TEXT_ENCODER_REGISTRY",
+    "BertStack",
+    "RISBert",
+    "RISCLIPText",
+    "RISCausalLM",
+    "build_text_encoder",
+]

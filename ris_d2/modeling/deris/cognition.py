@@ -1,0 +1,280 @@
+"""DeRIS' cognition branch: which of the queries does the sentence speak of?"""
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import Tensor, nn
+
+from ..backbone import RISBEiT3
+from ..layers import MultiheadAttention
+from ..text import build_text_encoder
+
+VIEW = "cognition"  # the resizing of the image (INPUT.RIS.VIEWS) that this branch looks at
+
+
+class TextDecoderLayer(nn.Module):
+    """Post-norm decoder layer: queries attend each other, then the words, then an FFN."""
+
+    def __init__(self, *, dim: int, num_heads: int, ffn_dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.self_attention = MultiheadAttention(dim=dim, num_heads=num_heads, dropout=dropout)
+        self.self_norm = nn.LayerNorm(dim)
+        self.text_attention = MultiheadAttention(dim=dim, num_heads=num_heads, dropout=dropout)
+        self.text_norm = nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, ffn_dim),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(ffn_dim, dim),
+            nn.Dropout(dropout),
+        )
+        self.ffn_norm = nn.LayerNorm(dim)
+
+    def forward(
+        self, queries: Tensor, text: Tensor, text_mask: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            queries: (E, Q, C).
+            text: (E, L, C).
+            text_mask: bool (E, L), True = real token.
+            positions: (L, C), added to the words as keys, not as values.
+
+        Returns:
+            (E, Q, C)
+        """
+        queries = self.self_norm(queries + self.self_attention(queries, queries))
+        keys = text if positions is None else text + positions
+        attended = self.text_attention(queries, keys, text_mask, values=text)
+        queries = self.text_norm(queries + attended)
+        return self.ffn_norm(queries + self.ffn(queries))
+
+
+class CognitionLayer(nn.Module):
+    """Instances among each other, instances and words, and the fusion C1 that closes the loop."""
+
+    def __init__(self, *, dim: int, num_heads: int, ffn_dim: int, instance_attention: str):
+        """
+        Args:
+            instance_attention: "queries": an expression's queries attend each other; "released": see
+                ``_attend_as_released``.
+        """
+        super().__init__()
+        self.as_released = instance_attention == "released"
+        self.instance_attention = MultiheadAttention(dim=dim, num_heads=num_heads)
+        self.instance_norm = nn.LayerNorm(dim)
+        self.instance_text = TextDecoderLayer(dim=dim, num_heads=num_heads, ffn_dim=ffn_dim)
+        self.fusion = nn.Linear(2 * dim, dim)
+
+    def forward(
+        self, queries: Tensor, prior: Tensor, text: Tensor, text_mask: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            queries: (E, Q, C).
+            prior: (E, Q, C), what lies under each query's mask; it tells queries apart as a position
+                does, in queries and keys.
+            text, text_mask, positions: see TextDecoderLayer.
+
+        Returns:
+            fused queries Q_f = C1(Q_p, Q_r), (E, Q, C), and Q_r (E, Q, C), which is scored.
+        """
+        if self.as_released:
+            attended = self._attend_as_released(queries, prior)
+        else:
+            located = queries + prior
+            attended = self.instance_attention(located, located, values=queries)
+        queries = self.instance_norm(queries + attended)
+        referring = self.instance_text(queries, text, text_mask, positions)
+        return self.fusion(torch.cat([queries, referring], -1)), referring
+
+    def _attend_as_released(self, queries: Tensor, prior: Tensor) -> Tensor:
+        """The released code hands (batch, query, channel) to an attention over the first axis.
+
+        Query n of an expression then attends query n of all expressions in the batch. So it is in
+        training, as the released weights have learnt; in evaluation, where no result may depend on
+        what else is in the batch, each attends itself, as the released code does at batch size 1.
+        """
+        attention = self.instance_attention
+        if not self.training:
+            return attention.out(attention.value(queries))
+        located, values = (queries + prior).transpose(0, 1), queries.transpose(0, 1)
+        return attention(located, located, values=values).transpose(0, 1)
+
+
+class ExistenceDecoder(nn.Module):
+    """Non-referent judgment: do the queries of the last round hold anything the sentence names?"""
+
+    def __init__(self, *, dim: int, num_heads: int, ffn_dim: int, num_layers: int, dropout: float):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            TextDecoderLayer(dim=dim, num_heads=num_heads, ffn_dim=ffn_dim, dropout=dropout)
+            for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.logit = nn.Linear(dim, 1)
+
+    def forward(self, queries: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """(E, Q, C), (E, L, C), bool (E, L) -> logits (E,), positive = a target exists."""
+        for layer in self.layers:
+            queries = layer(queries, text, text_mask)
+        return self.logit(self.norm(queries)).mean((1, 2))
+
+
+class CognitionBranch(nn.Module):
+    """Encoder of the small view and the sentence, the initial queries, and the cognition layers."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        encoder: nn.Module,
+        reads_images: bool,
+        num_layers: int,
+        dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        num_queries: int,
+        instance_attention: str,
+        text_positions: str,
+        existence: ExistenceDecoder,
+    ):
+        """
+        Args:
+            encoder: RISBEiT3, or a text encoder (see ``modeling/text``).
+            reads_images: build the visual tokens f_v; only with RISBEiT3.
+            num_layers: cognition layers K, one per call of ``forward``.
+            instance_attention: "released" or "queries", see CognitionLayer.
+            text_positions: "released" or "sine".
+
+        Raises:
+            ValueError: for unknown text positions or instance attention.
+        """
+        super().__init__()
+        if instance_attention not in ("released", "queries"):
+            raise ValueError(
+                f"MODEL.DERIS.INSTANCE_ATTENTION is {instance_attention!r}, not released or queries"
+            )
+        if text_positions not in _POSITIONS:
+            raise ValueError(
+                f"MODEL.DERIS.TEXT_POSITIONS is {text_positions!r}, not one of {sorted(_POSITIONS)}"
+            )
+        self.encoder = encoder
+        self.looks = isinstance(encoder, RISBEiT3)
+        if self.looks and not reads_images:
+            encoder.freeze_unread_vision()
+        encoder_dim = encoder.embed_dim if self.looks else encoder.dim
+        self.vocab_size = encoder.vocab_size
+        self.visual_proj = nn.Linear(encoder_dim, dim) if reads_images else None
+        self.text_proj = nn.Linear(encoder_dim, dim)
+        self.query = nn.Embedding(num_queries, encoder_dim)
+        self.query_proj = nn.Linear(encoder_dim, dim)
+        self.layers = nn.ModuleList(
+            CognitionLayer(
+                dim=dim,
+                num_heads=num_heads,
+                ffn_dim=ffn_dim,
+                instance_attention=instance_attention,
+            )
+            for _ in range(num_layers)
+        )
+        self.referring = nn.Linear(dim, 2)
+        self.existence = existence
+        self._positions = _POSITIONS[text_positions]
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, num_layers: int) -> dict[str, Any]:
+        deris = cfg.MODEL.DERIS
+        if deris.COGNITION not in ("RISBEiT3", "text"):
+            raise ValueError(f"MODEL.DERIS.COGNITION is {deris.COGNITION!r}, not RISBEiT3 or text")
+        if deris.COGNITION == "text":
+            encoder = build_text_encoder(cfg)
+        else:
+            sizes = {name: (height, width) for name, height, width in cfg.INPUT.RIS.VIEWS}
+            if VIEW not in sizes:
+                raise ValueError(
+                    f"MODEL.DERIS.COGNITION RISBEiT3 looks at a view of its own: INPUT.RIS.VIEWS "
+                    f"lacks ['{VIEW}', 224, 224]"
+                )
+            encoder = RISBEiT3(**{**RISBEiT3.from_config(cfg), "image_size": sizes[VIEW]})
+        return {
+            "encoder": encoder,
+            "reads_images": deris.VISUAL_FEATURES and deris.COGNITION != "text",
+            "num_layers": num_layers,
+            "dim": deris.DIM,
+            "num_heads": deris.NUM_HEADS,
+            "ffn_dim": deris.FFN_DIM,
+            "num_queries": deris.NUM_QUERIES,
+            "instance_attention": deris.INSTANCE_ATTENTION,
+            "text_positions": deris.TEXT_POSITIONS,
+            "existence": ExistenceDecoder(
+                dim=deris.DIM,
+                num_heads=deris.NUM_HEADS,
+                ffn_dim=deris.EXISTENCE_FFN_DIM,
+                num_layers=deris.EXISTENCE_LAYERS,
+                dropout=deris.EXISTENCE_DROPOUT,
+            ),
+        }
+
+    def encode_images(self, views: dict[str, Tensor]) -> Tensor | None:
+        """Patch tokens of the view (B, 3, h, w), once per image; None for text encoders."""
+        return self.encoder.embed_image(views[VIEW]) if self.looks else None
+
+    def read(
+        self,
+        image_tokens: Tensor | None,
+        image_index: Tensor,
+        input_ids: Tensor,
+        text_mask: Tensor,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Read E sentences, with their images if the encoder sees them.
+
+        Returns:
+            f_v (E, C, g, g), or None where it is switched off; words (E, L, C).
+        """
+        if not self.looks:
+            return None, self.text_proj(self.encoder(input_ids, text_mask))
+        vision, text = self.encoder.joint(image_tokens[image_index], input_ids, text_mask)
+        visual = None
+        if self.visual_proj is not None:
+            visual = self.visual_proj(vision[:, 1:]).transpose(1, 2)
+            visual = visual.unflatten(2, self.encoder.grid)
+        return visual, self.text_proj(text)
+
+    def initial_queries(self, num_expressions: int) -> Tensor:
+        """The same for all expressions: (E, Q, C)."""
+        return self.query_proj(self.query.weight).expand(num_expressions, -1, -1)
+
+    def forward(
+        self, number: int, queries: Tensor, prior: Tensor, text: Tensor, text_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cognition layer ``number``; arguments as CognitionLayer.
+
+        Returns:
+            fused queries (E, Q, C) and referring logits (E, Q, 2), class 0 = referred.
+        """
+        positions = self._positions(text.shape[1], text.shape[2]).to(text)
+        queries, referring = self.layers[number](queries, prior, text, text_mask, positions)
+        return queries, self.referring(referring)
+
+
+def sine_positions(length: int, dim: int) -> Tensor:
+    """Sine and cosine interleaved, temperature 10000: (length, dim)."""
+    frequencies = 1e4 ** -(torch.arange(dim // 2) / (dim // 2))
+    return _interleave(length, frequencies)
+
+
+def released_positions(length: int, dim: int) -> Tensor:
+    """sin l, cos l, 0, 1, 0, 1, ...: sine positions whose frequencies below 1 became 0."""
+    frequencies = torch.zeros(dim // 2)
+    frequencies[0] = 1
+    return _interleave(length, frequencies)
+
+
+def _interleave(length: int, frequencies: Tensor) -> Tensor:
+    angles = torch.arange(length)[:, None] * frequencies
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
+
+
+_POSITIONS = {"released": released_positions, "sine": sine_positions}

@@ -1,0 +1,166 @@
+"""DeRIS: "Decoupling Perception and Cognition for Enhanced Referring Image Segmentation through
+Loopback Synergy" (Dai et al., ICCV 2025)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Instances
+from torch import Tensor
+
+from ..segmenter import ReferringSegmenter
+from .cognition import CognitionBranch
+from .criterion import DeRISCriterion
+from .loopback import cognition_rounds, run_rounds
+from .perception import PerceptionBranch
+
+
+@META_ARCH_REGISTRY.register()
+class DeRIS(ReferringSegmenter):
+    """Fig. 2: perception (Swin, pixel decoder, mask queries) and cognition (BEiT-3, scores) in loopback.
+
+    Swin and pixel decoder run once per image; BEiT-3, whose first layer lets image and sentence meet, and
+    the rounds run once per expression.
+    """
+
+    weight_parts = {
+        "mask2former": "perception",
+        "swin": "perception.backbone",
+        "beit3": "cognition.encoder",
+        "bert": "cognition.encoder",
+        "deris": "",
+    }
+    trims_text = True
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        perception: PerceptionBranch,
+        cognition: CognitionBranch,
+        criterion: DeRISCriterion,
+        query_flow: str,
+        num_rounds: int,
+        score_threshold: float,
+        score_weighted: bool,
+        keep_best: bool,
+        return_instances: bool,
+        **segmenter: Any,
+    ):
+        """
+        Args:
+            query_flow: see MODEL.DERIS.QUERY_FLOW.
+            num_rounds: N_r.
+            score_threshold: T_ref; queries with a higher score make up the mask.
+            score_weighted: multiply scores by the existence probability.
+            keep_best: keep the best query where no score exceeds the threshold.
+            return_instances: results carry the masks and scores of all queries.
+            segmenter: see ReferringSegmenter.
+        """
+        super().__init__(**segmenter)
+        self.perception = perception
+        self.cognition = cognition
+        self.vocab_size = cognition.vocab_size
+        self.criterion = criterion
+        self.thinking_rounds = cognition_rounds(query_flow, num_rounds)
+        self.num_rounds = num_rounds
+        self.score_threshold = score_threshold
+        self.score_weighted = score_weighted
+        self.keep_best = keep_best
+        self.return_instances = return_instances
+        self.freeze_parts()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        deris = cfg.MODEL.DERIS
+        thinking_rounds = cognition_rounds(deris.QUERY_FLOW, deris.ROUNDS)
+        return {
+            **super().from_config(cfg),
+            "perception": PerceptionBranch(cfg),
+            "cognition": CognitionBranch(cfg, len(thinking_rounds)),
+            "criterion": DeRISCriterion(cfg),
+            "query_flow": deris.QUERY_FLOW,
+            "num_rounds": deris.ROUNDS,
+            "score_threshold": deris.SCORE_THRESHOLD,
+            "score_weighted": deris.SCORE_WEIGHTED,
+            "keep_best": deris.KEEP_BEST,
+            "return_instances": cfg.TEST.INSTANCES,
+        }
+
+    def encode_images(self, images: Tensor, views: dict[str, Tensor]) -> tuple[Any, Tensor | None]:
+        return self.perception.encode_images(images), self.cognition.encode_images(views)
+
+    def segment(
+        self,
+        features: tuple[Any, Tensor | None],
+        image_index: Tensor,
+        input_ids: Tensor,
+        text_mask: Tensor,
+    ) -> dict[str, Any]:
+        """Returns "rounds" (see the package's docstring) and "existence_logits" (E,)."""
+        perceived, image_tokens = features
+        visual, text = self.cognition.read(image_tokens, image_index, input_ids, text_mask)
+        rounds, queries = run_rounds(
+            self.perception,
+            self.cognition,
+            thinking_rounds=self.thinking_rounds,
+            num_rounds=self.num_rounds,
+            features=perceived,
+            image_index=image_index,
+            visual=visual,
+            text=text,
+            text_mask=text_mask,
+        )
+        existence_logits = self.cognition.existence(queries, text, text_mask)
+        return {"rounds": rounds, "existence_logits": existence_logits}
+
+    def losses(self, outputs: dict[str, Any], batched_inputs: list[dict]) -> dict[str, Tensor]:
+        height, width = self.input_size
+        masks = []
+        for x in batched_inputs:
+            own = x["instances"].gt_masks.tensor.to(self.device)
+            masks.append(F.pad(own, (0, width - own.shape[-1], 0, height - own.shape[-2])))
+        return self.criterion(
+            outputs["rounds"],
+            outputs["existence_logits"],
+            masks,
+            [x["targets"].to(self.device) for x in batched_inputs],
+            [str(x.get("file_name", x.get("image_id"))) for x in batched_inputs],
+        )
+
+    def predict(
+        self, outputs: dict[str, Any], rows: slice, inputs: dict
+    ) -> tuple[Tensor, Tensor, Tensor, list[Instances | None]]:
+        """Union of the queries whose score exceeds T_ref; the result's score is the existence probability."""
+        last = outputs["rounds"][-1]
+        existence = outputs["existence_logits"][rows].float().sigmoid()
+        scores = last["class_logits"][rows].float().softmax(-1)[..., 0]
+        if self.score_weighted:
+            scores = scores * existence[:, None]
+        kept = scores > self.score_threshold
+        if self.keep_best:
+            kept |= ~kept.any(1, keepdim=True) & (scores == scores.max(1, keepdim=True).values)
+        wanted = torch.ones_like(kept) if self.return_instances else kept
+        masks = self._restore_queries(last["mask_logits"][rows][wanted], inputs)
+        expressions = wanted.nonzero()[:, 0]
+        union = masks.new_zeros(len(kept), *masks.shape[1:], dtype=torch.uint8)
+        union.index_add_(0, expressions, (masks & kept[wanted][:, None, None]).to(torch.uint8))
+        instances: list[Instances | None] = [None] * len(kept)
+        if self.return_instances:
+            instances = [
+                Instances(masks.shape[1:], pred_masks=own, scores=own_scores)
+                for own, own_scores in zip(masks.split(kept.shape[1]), scores, strict=True)
+            ]
+        return union > 0, existence, ~kept.any(1), instances
+
+    def _restore_queries(self, logits: Tensor, inputs: dict) -> Tensor:
+        """(M, h, w) -> bool (M, height, width), M may be 0."""
+        if len(logits) == 0:
+            return logits.new_zeros(0, inputs["height"], inputs["width"], dtype=torch.bool)
+        # As released, and as the loss sees them.
+        maps = F.interpolate(
+            logits[None].float(), size=self.input_size, mode="bilinear", align_corners=True
+        )
+        return self._restore(maps[0], inputs)
