@@ -414,10 +414,13 @@ def execute(run: Run, limit: float | None) -> dict:
         run.write(state)
         return state
     state["seconds"] = before + time.perf_counter() - begin
-    if status:
-        state |= {"state": "failed", "error": _last_error(run.folder, status)}
-    else:
-        state |= {"state": "finished", **_result(run, cfg)}
+    try:
+        if status:
+            state |= {"state": "failed", "error": _last_error(run.folder, status)}
+        else:
+            state |= {"state": "finished", **_result(run, cfg)}
+    except Exception as error:  # the other runs go on, whatever is wrong with this one's files
+        state |= {"state": "failed", "error": f"{type(error).__name__}: {error}"}
     run.write(state)
     return state
 

@@ -165,6 +165,17 @@ def test_a_failing_cell_does_not_stop_the_others(study, files, train, tmp_path, 
     assert len(train.commands) == 3, "tried again, the finished one not"
 
 
+def test_a_run_without_results_is_no_finished_one(study, files, tmp_path, monkeypatch):
+    statuses = iter((0, -9))
+    monkeypatch.setattr(study, "follow_training", lambda *args, **keywords: next(statuses))
+    page = tmp_path / "page.md"
+    path = files({"seeds: [1, 2]": "seeds: [1]"})
+    study.main([path, "--output", str(tmp_path / "out"), "--report", str(page)])
+    text = page.read_text()
+    assert re.search(r"- narrow, seed 1: failed: FileNotFoundError: results.json", text)
+    assert "- wide, seed 1: failed: ended by SIGKILL, out of memory?" in text
+
+
 def test_limits(study, files, train, tmp_path, capsys):
     page = tmp_path / "page.md"
     arguments = [files({"seeds: [1, 2]": "seeds: [1]"}), "--output", str(tmp_path / "out")]
