@@ -174,6 +174,9 @@ def _add_test_keys(cfg: CN) -> None:
     # How ground truth is resized to it: corner (cv2's nearest: DeRIS) | center (PIL's nearest: LAVT,
     # CrossVLT and the lineage of VIPA). At 480x480 the two differ by 1 % IoU.
     cfg.TEST.SAMPLE = "corner"
+    # How ground truth is resized to it: corner (cv2's nearest: DeRIS) | center (PIL's nearest: LAVT,
+    # CrossVLT and the lineage of VIPA). At 480x480 the two differ by 1 % IoU.
+    cfg.TEST.SAMPLE = "corner"
     cfg.TEST.MAX_EXPRESSIONS = 32  # expressions segmented at once in evaluation (bounds memory)
     cfg.TEST.NO_TARGET_MIN_AREA = 50  # pixels at output size, for MODEL.RIS.NO_TARGET "area"
     cfg.TEST.BEST_METRIC = "gIoU"  # keeps model_best.pth; mean over DATASETS.TEST

@@ -7,6 +7,8 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
+SAMPLES = {"corner": cv2.INTER_NEAREST, "center": cv2.INTER_NEAREST_EXACT}
+
 
 def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
     """Draw a COCO ``segmentation``; its parts are united, overlaps included.
@@ -98,15 +100,31 @@ def encode(mask: np.ndarray) -> dict:
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
 
 
-def resize_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """bool or uint8 (H,W) -> (height,width), same dtype, sampled as cv2.INTER_NEAREST does."""
+def resize_nearest(
+    mask: np.ndarray, height: int, width: int, *, sample: str = "corner"
+) -> np.ndarray:
+    """Resize by taking one pixel each.
+
+    Args:
+        mask: bool or uint8 (H,W).
+        sample: the point of a new pixel whose place decides: "corner", the upper left, as
+            cv2.INTER_NEAREST does; "center", as PIL and cv2.INTER_NEAREST_EXACT do.
+
+    Returns:
+        (height,width), same dtype.
+
+    Raises:
+        ValueError: for another ``sample``.
+    """
+    if sample not in SAMPLES:
+        raise ValueError(f"a resized mask is sampled at {' or '.join(SAMPLES)}, not {sample!r}")
     if mask.shape == (height, width):
         return mask
     if not mask.flags.c_contiguous and mask.flags.f_contiguous:
         # pycocotools gives column-major bitmaps; resizing the transpose saves copying the large
         # one.
-        return resize_nearest(mask.T, width, height).T
-    resized = cv2.resize(mask.view(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+        return resize_nearest(mask.T, width, height, sample=sample).T
+    resized = cv2.resize(mask.view(np.uint8), (width, height), interpolation=SAMPLES[sample])
     return resized.view(mask.dtype)
 
 

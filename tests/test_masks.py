@@ -3,6 +3,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from ris_d2.masks import encode, rasterize, resize_nearest, union
@@ -95,6 +96,17 @@ def test_resize_nearest_is_cv2_nearest(order, dtype):
     assert resized.dtype == dtype
     np.testing.assert_array_equal(resized, expected)
     assert resize_nearest(mask, *mask.shape) is mask
+
+
+def test_resize_nearest_at_centers_is_pil_nearest():
+    mask = np.random.default_rng(0).random((30, 17)) > 0.5
+    resized = resize_nearest(mask, 11, 40, sample="center")
+    expected = np.asarray(Image.fromarray(mask.view(np.uint8)).resize((40, 11), Image.NEAREST))
+    assert resized.dtype == bool and np.array_equal(resized, expected)
+    assert np.array_equal(resize_nearest(mask.T, 40, 11, sample="center"), expected.T)
+    assert not np.array_equal(resized, resize_nearest(mask, 11, 40))
+    with pytest.raises(ValueError, match="corner or center, not 'middle'"):
+        resize_nearest(mask, 11, 40, sample="middle")
 
 
 def test_union():

@@ -114,6 +114,7 @@ class Trainer(DefaultTrainer):
             dataset_name,
             output_dir=os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name),
             save_predictions=cfg.TEST.SAVE_PREDICTIONS,
+            sample=cfg.TEST.SAMPLE,
         )
 
     @classmethod

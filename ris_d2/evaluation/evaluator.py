@@ -46,6 +46,7 @@ class ReferringEvaluator(DatasetEvaluator):
         distributed: gather from all processes; False evaluates what this process has seen.
         save_predictions: also write predictions.jsonl, one mask as RLE per line, in the form that
             ``score_predictions`` reads. Needs output_dir and keeps about 0.5 kB per expression.
+        sample: of ground truth that is resized, "corner" or "center" (TEST.SAMPLE).
 
     Raises:
         ValueError: save_predictions without output_dir.
@@ -58,6 +59,7 @@ class ReferringEvaluator(DatasetEvaluator):
         output_dir: str | None = None,
         distributed: bool = True,
         save_predictions: bool = False,
+        sample: str = "corner",
     ):
         if save_predictions and not output_dir:
             raise ValueError("save_predictions=True needs an output_dir")
@@ -65,6 +67,7 @@ class ReferringEvaluator(DatasetEvaluator):
         self.output_dir = output_dir
         self.distributed = distributed
         self.save_predictions = save_predictions
+        self.sample = sample
         self.reset()
 
     def reset(self) -> None:
@@ -104,7 +107,7 @@ class ReferringEvaluator(DatasetEvaluator):
         size = (unit["height"], unit["width"])
         for result in results:
             _check_shape(unit, result, result["mask"], size)
-        truths, which = _ground_truth(unit)
+        truths, which = _ground_truth(unit, self.sample)
         masks = [result["mask"] for result in results]
         predicted_area, intersection = _count(masks, truths, which)
         target_area = np.array([np.count_nonzero(truth) for truth in truths])[which]
@@ -266,7 +269,7 @@ def _check_shape(unit: dict, result: dict, masks: torch.Tensor, shape: tuple[int
         )
 
 
-def _ground_truth(unit: dict) -> tuple[list[np.ndarray], np.ndarray]:
+def _ground_truth(unit: dict, sample: str) -> tuple[list[np.ndarray], np.ndarray]:
     """The unit's distinct ground truths, bool (height,width), and which is each expression's."""
     segmentations = {
         annotation["id"]: annotation["segmentation"] for annotation in unit["annotations"]
@@ -279,7 +282,9 @@ def _ground_truth(unit: dict) -> tuple[list[np.ndarray], np.ndarray]:
                 mask = rasterize(segmentations[annotation_id], *_original_size(unit))
             except ValueError as error:
                 raise ValueError(f"{_name(unit)}, annotation {annotation_id}: {error}") from error
-            decoded[annotation_id] = resize_nearest(mask, unit["height"], unit["width"])
+            decoded[annotation_id] = resize_nearest(
+                mask, unit["height"], unit["width"], sample=sample
+            )
         return decoded[annotation_id]
 
     truths: dict[tuple[int, ...], np.ndarray] = {}

@@ -105,6 +105,14 @@ def test_ground_truth_is_resized_to_the_requested_size(segmentation, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["resolution"] == [40, 90]
 
 
+def test_resized_ground_truth_is_sampled_at_corners_or_centers():
+    """Halved, rows 0 and 2 stay in one case and rows 1 and 3 in the other: the box is row 1 alone."""
+    inputs = unit({7: encode(box(0, 1, 30, 2))}, {1: [7]}, height=10, width=15)
+    one_row = [result(1, box(0, 0, 15, 1, (10, 15)))]
+    assert evaluate((inputs, one_row), sample="center")["cIoU"] == 100
+    assert evaluate((inputs, one_row))["cIoU"] == 0
+
+
 def test_without_original_size_an_rle_brings_its_own():
     inputs = unit({7: encode(box(0, 0, 10, 10))}, {1: [7]}, height=40, width=60)
     del inputs["original_size"]
