@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from . import beit3, bert, clip, mask2former, sam, swin, vit
+from . import beit3, bert, clip, deris, mask2former, sam, swin, vit
 from .base import Converter, unwrap_state_dict
 
 __all__ = [
@@ -24,6 +24,7 @@ CONVERTERS: dict[str, Converter] = {
     "beit3": beit3.CONVERTER,
     "bert": bert.CONVERTER,
     "clip": clip.CONVERTER,
+    "deris": deris.CONVERTER,
     "mask2former": mask2former.CONVERTER,
     "sam": sam.CONVERTER,
     "sam_decoder": sam.DECODER_CONVERTER,
