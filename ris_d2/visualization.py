@@ -242,6 +242,60 @@ def _draw_lines(
         draw.text((corner[0], corner[1] + number * _line_height(font)), line, font=font, fill=color)
 
 
+def region_words(
+    image: np.ndarray,
+    box: tuple[float, float, float, float],
+    words: Sequence[str],
+    weights: np.ndarray,
+    *,
+    cell: int = 224,
+) -> np.ndarray:
+    """Draw a region of an image beside the weights that it gives to the words of a sentence.
+
+    Args:
+        image: RGB uint8 (H,W,3).
+        box: (x0, y0, x1, y1) of the region, in pixels.
+        words: L of them, in the order of the sentence.
+        weights: float (L,), at least 0; the bars are as long as their shares of the largest.
+        cell: width of the picture and of the chart in pixels.
+
+    Returns:
+        RGB uint8 (H',W',3).
+
+    Raises:
+        ValueError: without words, with another number of weights, or with a negative weight or one that
+            is not finite.
+    """
+    weights = np.asarray(weights, dtype=np.float64)
+    if not len(words) or weights.shape != (len(words),):
+        raise ValueError(f"{len(words)} words have weights of the shape {weights.shape}")
+    if not np.isfinite(weights).all() or (weights < 0).any():
+        raise ValueError("weights hold negative, nan or infinite values")
+    scale = cell / image.shape[1]
+    picture = _at_width(image, cell).copy()
+    corners = [round(v * scale) for v in box]
+    cv2.rectangle(picture, corners[:2], corners[2:], (255, 255, 255), 4)
+    cv2.rectangle(picture, corners[:2], corners[2:], PREDICTION_COLOR, 2)
+    small = _font(_SMALL_FONT_SIZE)
+    line = _line_height(small)
+    height = max(len(picture), len(words) * line)
+    sheet = Image.new("RGB", (2 * cell + 3 * _GAP, height + 2 * _GAP), _PAPER)
+    sheet.paste(Image.fromarray(picture), (_GAP, _GAP))
+    draw = ImageDraw.Draw(sheet)
+    left = cell + 2 * _GAP
+    names = [_wrap(word, small, cell // 2)[0] if word.strip() else word for word in words]
+    bars = left + max(round(small.getlength(name)) for name in names) + _GAP // 2
+    number = round(small.getlength("0.00")) + _GAP // 2
+    longest = left + cell - number - bars
+    for row, (name, weight) in enumerate(zip(names, weights, strict=True)):
+        top = _GAP + row * line
+        draw.text((left, top), name, font=small, fill=_INK)
+        end = bars + round(longest * weight / max(weights.max(), 1e-12))
+        draw.rectangle((bars, top + 3, max(end, bars + 1), top + line - 4), fill=PREDICTION_COLOR)
+        draw.text((end + _GAP // 2, top), f"{weight:.2f}", font=small, fill=_GREY)
+    return np.asarray(sheet)
+
+
 def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
     """Write an RGB uint8 (H,W,3) image or a bool (H,W) mask (as 0 and 255) to a PNG file, atomically."""
     picture = Image.fromarray(image.astype(np.uint8) * 255 if image.dtype == bool else image)

@@ -12,6 +12,7 @@ from ris_d2.visualization import (
     contact_sheet,
     overlay,
     picture_grid,
+    region_words,
     write_png,
 )
 
@@ -187,3 +188,23 @@ def test_picture_grid_refuses_rows_that_do_not_fit(image):
         picture_grid([], columns=["a"])
     with pytest.raises(ValueError, match="row 'x' has 1 pictures for 2 columns"):
         picture_grid([("x", [image])], columns=["a", "b"])
+
+
+def test_region_words_marks_the_region_and_draws_bars_by_weight(image):
+    weights = np.array([0.1, 0.6, 0.3])
+    drawn = region_words(image, (2, 2, 10, 10), ["the", "red", "circle"], weights)
+    is_color = (drawn == PREDICTION_COLOR).all(2)
+    left = 12 + 224
+    assert is_color[:, :left].any()  # the frame of the region
+    chart = is_color[:, left:].sum(1)
+    rows = np.array_split(np.arange(12, 12 + 3 * 16), 3)
+    bars = np.array([chart[row].max() for row in rows])
+    assert np.allclose(bars / bars.max(), weights / weights.max(), atol=0.03)
+    nothing = region_words(image, (2, 2, 10, 10), ["the", "red"], [0.0, 0.0])
+    assert (nothing == PREDICTION_COLOR).all(2)[:, left:].sum(1).max() == 2  # a hair per word
+
+
+@pytest.mark.parametrize("words, weights", [([], []), (["a"], [0.1, 0.2]), (["a"], [-1.0])])
+def test_region_words_refuses_weights_that_do_not_fit(words, weights, image):
+    with pytest.raises(ValueError, match="weights"):
+        region_words(image, (0, 0, 4, 4), words, np.array(weights))

@@ -12,6 +12,8 @@ draws for the first ``--draw`` sentences with a target, and measures over all of
     maps.png        a line per sentence: the target, and of each model its mask and its maps. Of a map
                     per word that of the first token ([CLS], <s>), which stands for the sentence
     words_0.png     sentence 0: the maps of each of its tokens, where a model has them
+    region_0.png    --point X Y: sentence 0: what the tokens' maps are at that pixel of the image, the
+                    weights of the words for a region (RISAM's Fig. 7 a)
     tsne_0.png      --tsne: sentence 0: the decoder's pixels, on target and off it, and the tokens that
                     they attend, in two dimensions (scikit-learn; perplexity 30, cosine distance)
     attention.json  per model, means over the sentences: the entropy of the rows of its decoder's
@@ -51,6 +53,7 @@ from ris_d2.visualization import (
     attention_map,
     overlay,
     picture_grid,
+    region_words,
     write_png,
 )
 
@@ -298,6 +301,27 @@ def draw_words(path: str, sample: Sample, row: int, models: dict[str, Looked]) -
     write_png(path, picture_grid(padded, columns=columns, title=sample.texts[row], cell=120))
 
 
+def draw_region(
+    path: str, sample: Sample, row: int, models: dict[str, Looked], point: tuple[int, int]
+) -> None:
+    """A line per map of the tokens: the place of ``point`` (x, y), and the maps' values there."""
+    x, y = point
+    height, width = sample.image.shape[:2]
+    half = max(2, round(min(height, width) / 24))
+    box = (x - half, y - half, x + half, y + half)
+    lines = [
+        (
+            f"{name}: {key}",
+            [region_words(sample.image, box, looked.tokens, values[:, y, x].numpy())],
+        )
+        for name, looked in models.items()
+        for key, values in looked.maps.items()
+        if values.ndim == 3 and len(values) == len(looked.tokens)
+    ]
+    if lines:
+        write_png(path, picture_grid(lines, columns=[""], title=sample.texts[row], cell=480))
+
+
 def _per_token(sample: Sample, row: int, looked: Looked) -> dict:
     """What attention.json says of a sentence that is drawn."""
     target = sample.targets[row]
@@ -332,6 +356,9 @@ def main(arguments: list[str] | None = None) -> dict:
     draw_maps(os.path.join(args.output, "maps.png"), drawn)
     for number, (sample, row, models) in enumerate(drawn):
         draw_words(os.path.join(args.output, f"words_{number}.png"), sample, row, models)
+        if args.point:
+            path = os.path.join(args.output, f"region_{number}.png")
+            draw_region(path, sample, row, models, args.point)
         if args.tsne and any(looked.pixels is not None for looked in models.values()):
             path = os.path.join(args.output, f"tsne_{number}.png")
             draw_tsne(path, sample.texts[row], models)
@@ -380,6 +407,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the draw of images")
     parser.add_argument("--image", metavar="FILE", help="instead of a dataset")
     parser.add_argument("--text", action="append", help="with --image; may be given several times")
+    parser.add_argument(
+        "--point", type=int, nargs=2, metavar=("X", "Y"), help="with --image: a pixel of it"
+    )
     parser.add_argument("--draw", type=int, default=4, help="sentences to draw")
     parser.add_argument("--tsne", action="store_true")
     parser.add_argument("--output", required=True, metavar="DIRECTORY", help="made if absent")
@@ -389,6 +419,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if bool(args.dataset) == bool(args.image) or bool(args.image) != bool(args.text):
         parser.error("give either --dataset, or --image and --text")
+    if args.point:
+        if not args.image:
+            parser.error("--point is a pixel of the --image")
+        height, width = load_rgb(args.image).shape[:2]
+        if not (0 <= args.point[0] < width and 0 <= args.point[1] < height):
+            parser.error(f"--point lies outside the image of {width} x {height} pixels")
     if len({name for name, _, _ in args.model}) < len(args.model):
         parser.error("every --model needs a name of its own")
     return args

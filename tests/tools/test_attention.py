@@ -81,7 +81,7 @@ class Looks:
         ]
 
 
-def test_maps_lie_where_the_model_looked(attention, tiny_config, tmp_path):
+def test_maps_lie_where_the_model_looked(attention, tiny_config, tmp_path, monkeypatch):
     observer = attention.Observer(tiny_config, "", ["INPUT.RIS.GEOMETRY", "letterbox"])
     observer.predictor.model = Looks()
     # 64 x 32 of the 64 x 64 letterbox: the upper and lower quarter are not of the image.
@@ -117,6 +117,17 @@ def test_maps_lie_where_the_model_looked(attention, tiny_config, tmp_path):
     assert np.flatnonzero(looked.on_target).tolist() == [6]
     attention.draw_words(str(tmp_path / "words.png"), sample, 0, {"looks": first})
     assert Image.open(tmp_path / "words.png").width == 12 + 5 * (120 + 12)
+    seen = {}
+
+    def region_words(image, box, words, weights):
+        seen.update(box=box, words=words, weights=weights.tolist())
+        return np.zeros((9, 9, 3), np.uint8)
+
+    monkeypatch.setattr(attention, "region_words", region_words)
+    attention.draw_region(str(tmp_path / "region.png"), sample, 0, {"looks": first}, (8, 16))
+    assert seen["box"] == (6, 14, 10, 18) and seen["words"] == first.tokens
+    assert seen["weights"] == pytest.approx([1, 0, 0, 0], abs=0.05)  # the first of four columns
+    assert (tmp_path / "region.png").is_file()
 
 
 def test_an_image_of_ones_own(attention, tiny_config, tmp_path):
@@ -136,6 +147,7 @@ def test_an_image_of_ones_own(attention, tiny_config, tmp_path):
         ([], "either --dataset, or --image and --text"),
         (["--image", "a.png"], "either --dataset, or --image and --text"),
         (["--dataset", "d", "--model", "A", "c", ""], "a name of its own"),
+        (["--dataset", "d", "--point", "1", "1"], "--point is a pixel of the --image"),
     ],
 )
 def test_arguments_that_say_too_little(arguments, message, attention, capsys):
