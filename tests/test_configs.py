@@ -13,7 +13,8 @@ from ris_d2 import get_ris_cfg, load_config
 from ris_d2.data import refshapes
 from ris_d2.data.catalog import register_all
 from ris_d2.engine import Trainer
-from ris_d2.modeling.backbone import RISCLIPViT, RISViT
+from ris_d2.modeling.asda import ASDA
+from ris_d2.modeling.backbone import RISViT
 from ris_d2.modeling.deris import DeRIS
 from ris_d2.modeling.risam import RISAM
 from ris_d2.modeling.text import RISCausalLM, build_text_encoder
@@ -121,7 +122,7 @@ def test_every_key_is_read(tmp_path, monkeypatch):
         build_text_encoder(Recorder.of(cfg))
     DeRIS.from_config(Recorder.of(load_config(str(CONFIGS / "instant_test" / "deris.yaml"))))
     RISCausalLM.from_config(Recorder.of(get_ris_cfg()))
-    RISCLIPViT.from_config(Recorder.of(get_ris_cfg()))
+    ASDA.from_config(Recorder.of(load_config(str(CONFIGS / "instant_test" / "asda.yaml"))))
     RISAM.from_config(Recorder.of(load_config(str(CONFIGS / "instant_test" / "risam.yaml"))))
     RISViT.from_config(Recorder.of(get_ris_cfg()))
     for options in ([], ["MODEL.VIPA.KEY_VALUES", "language"]):

@@ -1,5 +1,6 @@
 """Weights placed in a model with an account of each; checkpoints that are whole or refused."""
 
+import bisect
 import dataclasses
 import logging
 import os
@@ -12,7 +13,12 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
 from ..io import atomic_write
-from .converters import convert_released, convert_state_dict, get_converter, unwrap_state_dict
+from .converters import (
+    convert_released,
+    convert_state_dict,
+    get_converter,
+    unwrap_state_dict,
+)
 from .files import file_hash, read_weights
 from .paths import local_path
 
@@ -77,7 +83,7 @@ def load_init(model: nn.Module, init: Iterable[Sequence[str]]) -> dict[str, tupl
         published = read_weights(local_path(path))
         state_dict = _converted(published, source, path)
         fit = _fit(part, state_dict)
-        fit.ignored += sorted(_dropped_by_conversion(published, state_dict))
+        fit.ignored += _dropped_by_conversion(unwrap_state_dict(published), state_dict)
         into = ", ".join(_part_names(model, source)) or "model"
         logger.info("MODEL.INIT %s from %s into %s: %s", source, path, into, fit)
         unfilled = [
@@ -208,10 +214,12 @@ class RISCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
         try:
-            state_dict = convert_released(unwrap_state_dict(checkpoint.pop("model")))
+            content = unwrap_state_dict(checkpoint.pop("model"))
+            state_dict = convert_released(content)
+            fit = _fit(self.model, state_dict)
         except ValueError as error:
             raise ValueError(f"{self._loading}: {error}") from error
-        fit = _fit(self.model, state_dict)
+        fit.ignored += _dropped_by_conversion(content, state_dict)
         init = self._frozen_sources(checkpoint.pop("frozen_sources", None))
         if init is None and (fit.missing or fit.misshapen):
             init = self.init
@@ -332,10 +340,17 @@ def _converted(published: Mapping[str, Any], source: str, path: str) -> dict[str
 
 
 def _dropped_by_conversion(
-    published: Mapping[str, Any], converted: Mapping[str, Tensor]
-) -> set[str]:
-    kept = {id(value) for value in converted.values()}
-    return {name for name, value in unwrap_state_dict(published).items() if id(value) not in kept}
+    published: Mapping[str, Tensor], converted: Mapping[str, Tensor]
+) -> list[str]:
+    """Names of published tensors of which no converted one shows a part."""
+    starts = sorted(value.data_ptr() for value in converted.values())
+
+    def kept(value: Tensor) -> bool:
+        begin = value.data_ptr()
+        first = bisect.bisect_left(starts, begin)
+        return first < len(starts) and starts[first] < begin + value.nbytes
+
+    return sorted(name for name, value in published.items() if not kept(value))
 
 
 def _some(names: Sequence[str], limit: int = 6) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from . import beit3, bert, clip, deris, mask2former, sam, swin, vit
+from . import asda, beit3, bert, clip, deris, mask2former, sam, swin, vit
 from .base import Converter, unwrap_state_dict
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 CONVERTERS: dict[str, Converter] = {
+    "asda": asda.CONVERTER,
     "beit3": beit3.CONVERTER,
     "bert": bert.CONVERTER,
     "clip": clip.CONVERTER,

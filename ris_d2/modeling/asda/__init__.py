@@ -1,0 +1,3 @@
+from .asda import ASDA
+
+__all__ = ["ASDA"]

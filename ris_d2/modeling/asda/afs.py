@@ -1,0 +1,170 @@
+"""Adaptive Feature Selection (Eq. 1 to 3): the sentence chooses layers of the vision encoder."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Selected(NamedTuple):
+    """One level's feature maps, each once however many expressions chose it.
+
+    Attributes:
+        features: (P, C, h, w).
+        rows: int64 (E,), the map of each expression.
+        layers: int64 (E,), the layer (1-based) that each expression's scores are highest for.
+    """
+
+    features: Tensor
+    rows: Tensor
+    layers: Tensor
+
+
+class AdaptiveFeatureSelection(nn.Module):
+    """Scores a level's candidate layers by their [CLS] and the sentence, and takes the best one."""
+
+    def __init__(
+        self,
+        *,
+        vision_dim: int,
+        text_dim: int,
+        levels: dict[str, Sequence[int]],
+        network: str = "linear",
+        mode: str = "hard",
+    ):
+        """
+        Args:
+            levels: name -> candidate layers (1-based). One candidate is a manual choice: nothing is
+                built for it.
+            network: Phi_as, see ``build_network``.
+            mode: hard (as released: no gradient reaches the scores, they stay as they were
+                initialised, and are frozen), straight_through (hard forward, soft backward) or soft
+                (a mixture of the candidates).
+
+        Raises:
+            ValueError: for an unknown network or mode.
+        """
+        super().__init__()
+        if mode not in ("hard", "straight_through", "soft"):
+            raise ValueError(
+                f"MODEL.ASDA.SELECTION.MODE is {mode!r}, not hard, straight_through or soft"
+            )
+        self.levels = {name: tuple(layers) for name, layers in levels.items()}
+        self.mode = mode
+        chosen = {name: layers for name, layers in self.levels.items() if len(layers) > 1}
+        self.project = nn.Linear(vision_dim, text_dim, bias=False) if chosen else None  # Phi_T
+        self.networks = nn.ModuleDict(
+            {
+                name: build_network(network, dim=text_dim, candidates=len(layers))
+                for name, layers in chosen.items()
+            }
+        )
+        if mode == "hard":
+            self.requires_grad_(False)
+
+    def forward(
+        self,
+        states: Sequence[Tensor],
+        sentences: Sequence[Tensor],
+        image_index: Tensor,
+        grid: tuple[int, int],
+    ) -> dict[str, Selected]:
+        """
+        Args:
+            states: of the vision encoder, per layer (B, 1 + h w, C), [CLS] first.
+            sentences: per layer (E, D), what the [CLS] of that layer is compared with.
+            image_index: int64 (E,), the image of each expression.
+            grid: (h, w).
+
+        Returns:
+            level -> what was selected.
+        """
+        return {
+            name: self._select(name, states, sentences, image_index, grid) for name in self.levels
+        }
+
+    def _select(
+        self,
+        name: str,
+        states: Sequence[Tensor],
+        sentences: Sequence[Tensor],
+        image_index: Tensor,
+        grid: tuple[int, int],
+    ) -> Selected:
+        layers = self.levels[name]
+        candidates = torch.stack([states[layer - 1][:, 1:] for layer in layers], 1)  # (B, K, n, C)
+        if name not in self.networks:
+            chosen_layers = torch.full_like(image_index, layers[0])
+            return Selected(_to_map(candidates[:, 0], grid), image_index, chosen_layers)
+        scores = self.score(name, states, sentences, image_index)
+        choice = scores.argmax(1)
+        chosen_layers = torch.tensor(layers, device=choice.device)[choice]
+        if self.mode == "soft" or (self.mode == "straight_through" and self.training):
+            weights = scores.softmax(1)
+            if self.mode == "straight_through":
+                hard = nn.functional.one_hot(choice, len(layers)).to(weights)
+                weights = hard + (weights - weights.detach())
+            weights = weights.to(candidates.dtype)
+            tokens = torch.einsum("ek,eknc->enc", weights, candidates[image_index])
+            rows = torch.arange(len(choice), device=choice.device)
+        else:
+            pairs = image_index * len(layers) + choice
+            distinct, rows = pairs.unique(return_inverse=True)
+            tokens = candidates.flatten(0, 1)[distinct]
+        return Selected(_to_map(tokens, grid), rows, chosen_layers)
+
+    def score(
+        self, name: str, states: Sequence[Tensor], sentences: Sequence[Tensor], image_index: Tensor
+    ) -> Tensor:
+        """Scores of a level's candidates before the softmax: fp32 (E, K)."""
+        layers = self.levels[name]
+        with torch.autocast(image_index.device.type, enabled=False):
+            cls = torch.stack([states[layer - 1][:, 0] for layer in layers], 1).float()
+            sentence = torch.stack([sentences[layer - 1] for layer in layers], 1).float()
+            return self.networks[name](self.project(cls)[image_index] * sentence)
+
+
+def build_network(name: str, *, dim: int, candidates: int) -> nn.Module:
+    """Build Phi_as: scores (E, K, dim) of Eq. 1 -> logits (E, K) (Table 5).
+
+    - linear: one Linear(dim, 1) for every candidate, as released (its bias would cancel).
+    - concat: Linear(K dim, K) on the concatenation, Eq. 2 to the letter.
+    - conv: a convolution of width 3 over the candidates. Ours; nothing of it is released.
+    - mlp: K dim -> 1024 -> 256 -> K on the concatenation; widths of a comment in the released code.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    wide = candidates * dim
+    if name == "linear":
+        return nn.Sequential(nn.Linear(dim, 1, bias=False), nn.Flatten())
+    if name == "concat":
+        return nn.Sequential(nn.Flatten(), nn.Linear(wide, candidates))
+    if name == "conv":
+        return CandidateConv(dim=dim)
+    if name == "mlp":
+        return nn.Sequential(
+            nn.Flatten(),
+            *(nn.Linear(wide, 1024), nn.ReLU()),
+            *(nn.Linear(1024, 256), nn.ReLU()),
+            nn.Linear(256, candidates),
+        )
+    raise ValueError(f"MODEL.ASDA.SELECTION.NETWORK is {name!r}, not linear, concat, conv or mlp")
+
+
+class CandidateConv(nn.Module):
+    """Each candidate's logit sees its neighbours."""
+
+    def __init__(self, *, dim: int):
+        super().__init__()
+        self.conv = nn.Conv1d(dim, 1, 3, padding=1, bias=False)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """(E, K, dim) -> (E, K)"""
+        return self.conv(scores.transpose(1, 2)).squeeze(1)
+
+
+def _to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(P, n, C) -> (P, C, h, w), channels last in memory."""
+    return tokens.transpose(1, 2).unflatten(2, grid)

@@ -1,0 +1,256 @@
+"""ASDA: "Adaptive Selection based Referring Image Segmentation" (Yue et al., ACM MM 2024)."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from torch import Tensor, nn
+
+from ..backbone import RISCLIPViT
+from ..explanation import Explanation
+from ..losses import mask_dice, mask_focal
+from ..segmenter import ReferringSegmenter
+from ..text import RISCLIPText, build_text_encoder
+from .afs import AdaptiveFeatureSelection
+from .attention import LocalVisualAttention, WordGuidedAttention
+from .blocks import Norm
+from .decoder import SegmentationDecoder
+from .sfa import GlobalFusion, build_aggregator
+from .wcg import CoefficientGenerator
+
+
+class ImageFeatures(NamedTuple):
+    """What ASDA computes once per image.
+
+    Attributes:
+        states: per layer (B, 1 + h w, C), [CLS] first.
+        top: (B, C, h, w), the last layer's features, projected for the fusion with the sentence.
+    """
+
+    states: list[Tensor]
+    top: Tensor
+
+
+@META_ARCH_REGISTRY.register()
+class ASDA(ReferringSegmenter):
+    """Fig. 2: CLIP's towers -> selection of layers, fusion, aggregation -> two branches.
+
+    The first branch refines F_coarse to N_c response masks, the second reads the words and weights
+    them. Image and sentence meet behind the towers, so that the vision transformer runs once per
+    image, and a selected layer is enlarged once however many expressions select it.
+    """
+
+    weight_parts = {"clip": ("vision", "text")}
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        vision: RISCLIPViT,
+        text: RISCLIPText,
+        selection: AdaptiveFeatureSelection,
+        fusion: GlobalFusion,
+        aggregator: nn.Module,
+        attention: LocalVisualAttention | None,
+        word_attention: WordGuidedAttention | None,
+        decoder: SegmentationDecoder,
+        coefficients: CoefficientGenerator | None,
+        layerwise_text: bool,
+        sigmoid_responses: bool,
+        dice_weight: float,
+        focal_weight: float,
+        focal_alpha: float,
+        focal_gamma: float,
+        **segmenter: Any,
+    ):
+        """
+        Args:
+            attention, word_attention: None leaves them out (Table 2 a to d).
+            coefficients: the second branch; None: the decoder makes the mask itself, of features that
+                have read the words if there is a ``word_attention`` (Table 2 e).
+            layerwise_text: compare the [CLS] of a layer with the sentence in the same layer of the
+                text encoder, as released, instead of with f_E.
+            sigmoid_responses: response masks through a sigmoid (Eq. 7) instead of a ReLU.
+            focal_alpha, focal_gamma: see ``mask_focal``.
+            segmenter: see ReferringSegmenter.
+        """
+        super().__init__(**segmenter)
+        self.vision = vision
+        self.text = text
+        self.vocab_size = text.vocab_size
+        self.selection = selection
+        self.fusion = fusion
+        self.aggregator = aggregator
+        self.attention = attention
+        self.word_attention = word_attention
+        self.decoder = decoder
+        self.coefficients = coefficients
+        self.layerwise_text = layerwise_text
+        self.sigmoid_responses = sigmoid_responses
+        self.dice_weight, self.focal_weight = dice_weight, focal_weight
+        self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
+        self.freeze_parts()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        asda = cfg.MODEL.ASDA
+        vision, text = build_backbone(cfg), build_text_encoder(cfg)
+        norm = Norm(name=asda.NORM, momentum=asda.NORM_MOMENTUM)
+        _check(cfg, vision.depth, text.depth)
+        levels = {"low": asda.SELECTION.LOW_LAYERS, "mid": asda.SELECTION.MID_LAYERS}
+        attention = {
+            "dim": asda.DIM,
+            "num_heads": asda.NUM_HEADS,
+            "dropout": asda.DROPOUT,
+            "pre_norm": asda.PRE_NORM,
+        }
+        dual = asda.ALIGNER == "dual"
+        num_masks = asda.NUM_MASKS if dual else 1
+        return {
+            **super().from_config(cfg),
+            "sentence_dim": text.dim,
+            "vision": vision,
+            "text": text,
+            "selection": AdaptiveFeatureSelection(
+                vision_dim=vision.dim,
+                text_dim=text.dim,
+                levels=levels if asda.AGGREGATOR != "none" else {},
+                network=asda.SELECTION.NETWORK,
+                mode=asda.SELECTION.MODE,
+            ),
+            "fusion": GlobalFusion(vision_dim=vision.dim, text_dim=text.dim, norm=norm),
+            "aggregator": build_aggregator(
+                asda.AGGREGATOR, vision_dim=vision.dim, dim=asda.DIM, norm=norm
+            ),
+            "attention": (
+                None
+                if asda.ALIGNER == "none"
+                else LocalVisualAttention(
+                    **attention, num_layers=asda.ATTENTION_LAYERS, grid=vision.grid
+                )
+            ),
+            "word_attention": (
+                None
+                if asda.ALIGNER == "none"
+                else WordGuidedAttention(**attention, text_dim=text.dim)
+            ),
+            "decoder": SegmentationDecoder(
+                dim=asda.DIM, num_masks=num_masks, form=asda.DECODER, norm=norm
+            ),
+            "coefficients": (
+                CoefficientGenerator(
+                    dim=asda.DIM,
+                    num_masks=num_masks,
+                    grid=vision.grid,
+                    last_kernel=asda.COEFFICIENT_KERNEL,
+                    norm=norm,
+                )
+                if dual
+                else None
+            ),
+            "layerwise_text": asda.SELECTION.TEXT == "layer",
+            "sigmoid_responses": asda.RESPONSES == "sigmoid",
+            "dice_weight": asda.DICE_WEIGHT,
+            "focal_weight": asda.FOCAL_WEIGHT,
+            "focal_alpha": asda.FOCAL_ALPHA,
+            "focal_gamma": asda.FOCAL_GAMMA,
+        }
+
+    def encode_images(self, images: Tensor, views: dict[str, Tensor]) -> ImageFeatures:
+        states = self.vision.forward_layers(images)
+        return ImageFeatures(states, self.fusion.project(self.vision.feature_map(states[-1])))
+
+    def segment(
+        self,
+        features: ImageFeatures,
+        image_index: Tensor,
+        input_ids: Tensor,
+        text_mask: Tensor,
+    ) -> dict[str, Tensor]:
+        """
+        Returns:
+            "mask_logits" (E, 8 h, 8 w); "sentence" (E, D), f_E; "coarse" and "fine" (E, dim, h, w),
+            features before and after the words (Fig. 4), "fine" only with words; "low_layer" and
+            "mid_layer" int64 (E,), 1-based, if layers are selected.
+        """
+        *layers, words = self.text.forward_layers(input_ids, text_mask)  # ..., f_T
+        last_token = text_mask.sum(1) - 1  # [EOS]
+        each = torch.arange(len(words), device=words.device)
+        sentence = words[each, last_token]  # f_E
+        if self.layerwise_text:
+            sentences = [state[each, last_token] for state in layers]
+        else:
+            sentences = [sentence] * len(features.states)
+        grid = self.vision.grid
+        selected = self.selection(features.states, sentences, image_index, grid)
+        fused = self.fusion(features.top, sentence, image_index)  # F_G
+        coarse = F.relu(self.aggregator(fused, selected))  # F_coarse
+        outputs = {"sentence": sentence, "coarse": coarse}
+        outputs.update({f"{name}_layer": level.layers for name, level in selected.items()})
+        refined = coarse
+        if self.attention is not None:
+            tokens = self.attention(coarse.flatten(2).transpose(1, 2))  # F_A
+            fine = _to_map(self.word_attention(tokens, words), grid)  # F_fine
+            outputs["fine"] = fine
+            refined = fine if self.coefficients is None else _to_map(tokens, grid)
+        masks = self.decoder(refined)
+        if self.coefficients is None:
+            outputs["mask_logits"] = masks[:, 0]
+            return outputs
+        responses = masks.sigmoid() if self.sigmoid_responses else F.relu(masks, inplace=True)  # M'
+        weights = self.coefficients(fine)
+        outputs["mask_logits"] = torch.einsum("enhw,en->ehw", responses, weights)  # Eq. 10
+        return outputs
+
+    def explain(
+        self,
+        features: ImageFeatures,
+        image_index: Tensor,
+        input_ids: Tensor,
+        text_mask: Tensor,
+    ) -> Explanation:
+        """Fig. 4: coarse and fine features, as each pixel's distance from the mean pixel."""
+        outputs = self.segment(features, image_index, input_ids, text_mask)
+        maps = {name: outputs[name] for name in ("coarse", "fine") if name in outputs}
+        return Explanation(
+            maps={
+                name: (x - x.mean((2, 3), keepdim=True)).float().norm(dim=1)
+                for name, x in maps.items()
+            }
+        )
+
+    def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
+        logits = outputs["mask_logits"]
+        masks = F.interpolate(masks[None].float(), size=logits.shape[-2:], mode="nearest")[0]
+        focal = mask_focal(logits, masks, alpha=self.focal_alpha, gamma=self.focal_gamma)
+        return {
+            "loss_dice": self.dice_weight * mask_dice(logits, masks),
+            "loss_focal": self.focal_weight * focal,
+        }
+
+
+def _to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(E, h w, C) -> (E, C, h, w), channels last in memory."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def _check(cfg: CfgNode, vision_depth: int, text_depth: int) -> None:
+    """Raise ValueError for words that no part knows, and for layers that the encoders do not have."""
+    asda = cfg.MODEL.ASDA
+    for key, value, known in (
+        ("ALIGNER", asda.ALIGNER, ("dual", "single", "none")),
+        ("RESPONSES", asda.RESPONSES, ("relu", "sigmoid")),
+        ("SELECTION.TEXT", asda.SELECTION.TEXT, ("layer", "final")),
+    ):
+        if value not in known:
+            raise ValueError(f"MODEL.ASDA.{key} is {value!r}, not one of {known}")
+    layerwise = asda.SELECTION.TEXT == "layer"
+    depth = min(vision_depth, text_depth) if layerwise else vision_depth
+    for key in ("LOW_LAYERS", "MID_LAYERS"):
+        layers = asda.SELECTION[key]
+        if not layers or min(layers) < 1 or max(layers) > depth or len(set(layers)) < len(layers):
+            raise ValueError(
+                f"MODEL.ASDA.SELECTION.{key} is {layers}: it names different layers of 1..{depth}"
+            )

@@ -1,0 +1,36 @@
+"""The convolution block that all of ASDA is made of."""
+
+from dataclasses import dataclass
+
+from detectron2.layers import get_norm
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """Makes normalisation layers.
+
+    Attributes:
+        name: BN, SyncBN, nnSyncBN, GN, ... as in detectron2.
+        momentum: weight of the last batch in the running statistics; None = PyTorch's 0.1.
+    """
+
+    name: str
+    momentum: float | None = None
+
+    def __call__(self, channels: int) -> nn.Module:
+        norm = get_norm(self.name, channels)
+        if self.momentum is not None and hasattr(norm, "momentum"):
+            norm.momentum = self.momentum
+        return norm
+
+
+class ConvBlock(nn.Sequential):
+    """Convolution without bias, norm, LeakyReLU(0.1); the size stays."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, kernel: int, norm: Norm):
+        super().__init__(
+            nn.Conv2d(in_dim, out_dim, kernel, padding=kernel // 2, bias=False),
+            norm(out_dim),
+            nn.LeakyReLU(0.1, inplace=True),
+        )
