@@ -1,9 +1,15 @@
 #!/usr/bin/env python
 """Measure what a configuration costs: model latency, mapper, evaluator, training step.
 
-    python tools/benchmark.py --config-file configs/shared_ris_beit3_b.yaml [--json]
-        [--parts model mapper evaluator train] [--threads N] [--batch N] [--expressions N]
-        [--seconds S] [KEY VALUE ...]
+    python tools/benchmark.py --config-file configs/shared_ris_beit3_b.yaml
+        [--config-file ANOTHER ...] [--json] [--parts model mapper evaluator train] [--threads N]
+        [--batch N] [--expressions N] [--seconds S] [KEY VALUE ...]
+
+With several configurations there is a column for each, and its ratio to the first; KEY VALUE pairs
+go to all of them. Part model says what is computed once per image whatever the number of sentences
+(runs_per_image, encode_images), what once per sentence (segment), and what is left: resizing masks.
+Part train gives the peak above weights, gradients and the optimizer's state (peak_above_state), of
+which saved_for_backward are the activations that wait for the backward pass.
 
 Nothing has to be downloaded: weights are random and images, annotations and the tokenizer of the
 mapper's part are made on the fly. Times are medians over repeats after warm-up. The mapper and the
@@ -24,7 +30,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import cv2
 import numpy as np
@@ -33,6 +40,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, BoxMode, Instances
 from tabulate import tabulate
+from torch import nn
 
 from ris_d2 import load_config
 from ris_d2.data.mapper import ReferringMapper
@@ -46,23 +54,101 @@ REAL_TOKENS = 8
 WORDS = ("the", "big", "red", "circle", "left", "of", "the", "small", "square")
 
 
-def measure_model(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
-    """Latency of one image with 1 and with 8 expressions, and the throughput of the latter."""
+Figures = dict[str, float | str]
+
+
+def measure_model(cfg: CfgNode, args: argparse.Namespace) -> Figures:
+    """Latency of one image with 1 and with 8 expressions, its shares, and the throughput."""
     model = build_model(cfg).eval()
-    figures = {}
+    figures: Figures = {"runs_per_image": ", ".join(_modules_per_image(model, cfg)) or "nothing"}
+    latencies = {}
     for count in (1, 8):
         inputs = [_model_input(cfg, count)]
-        seconds, repeats = _median_seconds(lambda: model(inputs), args.seconds, model.device)
+        with _Stopwatch(model, ("encode_images", "segment")) as stopwatch:
+            seconds, repeats = _median_seconds(
+                lambda: stopwatch.call(inputs), args.seconds, model.device
+            )
         noun = "expression" if count == 1 else "expressions"
+        latencies[count] = seconds
         figures[f"latency_{count}_{noun}_ms"] = 1000 * seconds
         figures[f"repeats_{count}_{noun}"] = repeats
+        for name, part_seconds in stopwatch.medians().items():
+            figures[f"{name}_{count}_{noun}_ms"] = 1000 * part_seconds
         figures[f"expressions_per_s_at_{count}"] = count / seconds
+    # 1: the image is encoded anew for each sentence; 1/8: sentences cost nothing beside it.
+    figures["latency_8_to_8_times_1"] = latencies[8] / (8 * latencies[1])
     figures["peak_memory_mb"] = _peak_memory_mb(model.device)
     return figures
 
 
-def measure_train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
+class _Stopwatch:
+    """Times a model's methods while it is entered."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self._model, self._names = model, names
+        self._calls: list[dict[str, float]] = []
+
+    def __enter__(self) -> "_Stopwatch":
+        for name in self._names:
+            setattr(self._model, name, partial(self._timed, name, getattr(self._model, name)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for name in self._names:
+            delattr(self._model, name)  # the class's own comes to light again
+
+    def call(self, inputs: list[dict]) -> None:
+        """Run the model once."""
+        self._calls.append(dict.fromkeys(self._names, 0.0))
+        self._model(inputs)
+
+    def medians(self) -> dict[str, float]:
+        """Seconds per run of the model, without the two for warm-up."""
+        return {
+            name: statistics.median(call[name] for call in self._calls[2:]) for name in self._names
+        }
+
+    def _timed(self, name: str, method: Callable, *args: object) -> object:
+        begin = time.perf_counter()
+        result = method(*args)
+        _synchronize(self._model.device)
+        self._calls[-1][name] += time.perf_counter() - begin
+        return result
+
+
+def _modules_per_image(model: nn.Module, cfg: CfgNode) -> list[str]:
+    """The outermost modules that run in ``encode_images``, in order."""
+    running, ran = [False], []
+    encode_images = model.encode_images
+
+    def encode(*args: object) -> object:
+        running[0] = True
+        try:
+            return encode_images(*args)
+        finally:
+            running[0] = False
+
+    def note(name: str) -> None:
+        outside = not any(name.startswith(f"{other}.") for other in ran)
+        if running[0] and name not in ran and outside:
+            ran.append(name)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: note(name))
+        for name, module in model.named_modules()
+        if name
+    ]
+    model.encode_images = encode
+    model([_model_input(cfg, 1)])
+    del model.encode_images
+    for hook in hooks:
+        hook.remove()
+    return ran
+
+
+def measure_train(cfg: CfgNode, args: argparse.Namespace) -> Figures:
     """Forward, backward and AdamW step of ``--batch`` units, with the expressions of INPUT.RIS.UNIT."""
+    before = _peak_memory_mb(torch.device(cfg.MODEL.DEVICE))
     model = build_model(cfg).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     count = cfg.INPUT.MAX_EXPRESSIONS if cfg.INPUT.RIS.UNIT == "image" else 1
@@ -74,17 +160,50 @@ def measure_train(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
         optimizer.step()
 
     seconds, repeats = _median_seconds(step, args.seconds, model.device)
+    peak, state = _peak_memory_mb(model.device), _state_mb(model, optimizer)
     return {
         "batch_units": args.batch,
         "expressions_per_unit": count,
         "step_ms": 1000 * seconds,
         "repeats": repeats,
         "units_per_s": args.batch / seconds,
-        "peak_memory_mb": _peak_memory_mb(model.device),
+        "peak_memory_mb": peak,
+        "state_mb": state,
+        "peak_above_state_mb": peak - before - state,
+        "saved_for_backward_mb": _saved_for_backward_mb(model, inputs),
     }
 
 
-def measure_mapper(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
+def _state_mb(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+    """Weights, buffers, gradients and the optimizer's state."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [p.grad for p in model.parameters() if p.grad is not None]
+    tensors += [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    return sum(tensor.nbytes for tensor in tensors) / 2**20
+
+
+def _saved_for_backward_mb(model: nn.Module, inputs: list[dict]) -> float:
+    """What autograd keeps between forward and backward, weights aside; shared memory counts once."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        losses = model(inputs)  # alive while the sizes are added up: nothing is freed and reused
+    return sum(sizes.values()) / 2**20 if losses else 0.0
+
+
+def measure_mapper(cfg: CfgNode, args: argparse.Namespace) -> Figures:
     """Training units per second of one process: jpeg and polygons to model input."""
     with tempfile.TemporaryDirectory() as directory:
         record = _record(os.path.join(directory, "image.jpg"))
@@ -105,7 +224,7 @@ def measure_mapper(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def measure_evaluator(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
+def measure_evaluator(cfg: CfgNode, args: argparse.Namespace) -> Figures:
     """Expressions per second of process(), and memory growth over ``--expressions`` of them."""
     record = _record("image.jpg")
     masks = [_mask(a) for a in record["annotations"]]
@@ -151,7 +270,7 @@ def measure_evaluator(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float
     }
 
 
-PARTS: dict[str, Callable[[CfgNode, argparse.Namespace], dict[str, float]]] = {
+PARTS: dict[str, Callable[[CfgNode, argparse.Namespace], Figures]] = {
     "model": measure_model,
     "mapper": measure_mapper,
     "evaluator": measure_evaluator,
@@ -160,25 +279,40 @@ PARTS: dict[str, Callable[[CfgNode, argparse.Namespace], dict[str, float]]] = {
 ONE_THREAD = ("mapper", "evaluator")
 
 
-def run_part(part: str, args: argparse.Namespace) -> dict[str, float]:
+def run_part(part: str, config_file: str, args: argparse.Namespace) -> Figures:
     """Measure one part in this process; adds the number of threads it ran on."""
     threads = 1 if part in ONE_THREAD else args.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
     torch.manual_seed(0)
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(config_file, args.opts)
     baseline = _peak_memory_mb(torch.device(cfg.MODEL.DEVICE) if part not in ONE_THREAD else None)
     return {"threads": threads, **PARTS[part](cfg, args), "baseline_memory_mb": baseline}
 
 
-def main(arguments: list[str] | None = None) -> dict:
-    """Parse ``arguments`` (default: the command line), measure, print and return the figures."""
+def main(arguments: list[str] | None = None) -> dict | list[dict]:
+    """Parse ``arguments`` (default: the command line), measure, print and return the figures.
+
+    Returns:
+        of one configuration its report, of several a list of theirs.
+    """
     args = _parse(arguments)
-    cfg = load_config(args.config_file, args.opts)
+    reports = [_report(config_file, args) for config_file in args.config_file]
+    if args.json:
+        print(json.dumps(reports[0] if len(reports) == 1 else reports, indent=2))
+    else:
+        for report in reports:
+            print(", ".join(f"{key} {value}" for key, value in report.items() if key != "parts"))
+        print(_table(reports))
+    return reports[0] if len(reports) == 1 else reports
+
+
+def _report(config_file: str, args: argparse.Namespace) -> dict:
+    cfg = load_config(config_file, args.opts)
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     processor = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     report = {
-        "config_file": args.config_file,
+        "config_file": config_file,
         "device": torch.cuda.get_device_name() if cuda else processor,
         "precision": cfg.MODEL.RIS.PRECISION,
         "torch": torch.__version__,
@@ -187,33 +321,54 @@ def main(arguments: list[str] | None = None) -> dict:
     context = multiprocessing.get_context("spawn")
     for part in args.parts:
         with context.Pool(1) as pool:
-            report["parts"][part] = pool.apply(run_part, (part, args))
-    if args.json:
-        print(json.dumps(report, indent=2))
-    else:
-        print(", ".join(f"{key} {value}" for key, value in report.items() if key != "parts"))
-        rows = [(p, name, v) for p, f in report["parts"].items() for name, v in f.items()]
-        print(tabulate(rows, headers=("part", "measure", "value"), floatfmt=".1f"))
+            report["parts"][part] = pool.apply(run_part, (part, config_file, args))
     return report
+
+
+def _table(reports: Sequence[dict]) -> str:
+    """A line per measure; of several reports a column each, and its ratio to the first."""
+    first, *others = reports
+    names = [os.path.splitext(os.path.basename(r["config_file"]))[0] for r in reports]
+    headers = ["part", "measure", names[0] if others else "value"]
+    headers += [header for name in names[1:] for header in (name, "ratio")]
+    rows = []
+    for part, figures in first["parts"].items():
+        for measure, value in figures.items():
+            row = [part, measure, _shown(value)]
+            for other in others:
+                theirs = other["parts"][part][measure]
+                row += [_shown(theirs), _ratio(theirs, value)]
+            rows.append(row)
+    return tabulate(rows, headers=headers, disable_numparse=True, maxcolwidths=40, stralign="right")
+
+
+def _shown(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.2f}".removesuffix(".00")
+
+
+def _ratio(value: float | str, reference: float | str) -> str:
+    return "" if isinstance(value, str) or not reference else f"x {value / reference:.2f}"
 
 
 def _median_seconds(
     function: Callable[[], object], budget: float, device: torch.device | None = None
 ) -> tuple[float, int]:
     """Median time of a call and their number: after two for warm-up at least five, and ``budget`` s."""
-    synchronize = (
-        torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
-    )
     for _ in range(2):
         function()
-    synchronize()
+    _synchronize(device)
     times: list[float] = []
     while len(times) < 5 or sum(times) < budget:
         begin = time.perf_counter()
         function()
-        synchronize()
+        _synchronize(device)
         times.append(time.perf_counter() - begin)
     return statistics.median(times), len(times)
+
+
+def _synchronize(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _peak_memory_mb(device: torch.device | None = None) -> float:
@@ -313,7 +468,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument(
+        "--config-file",
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="may be given several times",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--threads", type=int, help="of model and train (default: torch's choice)")
