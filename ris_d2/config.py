@@ -174,9 +174,6 @@ def _add_test_keys(cfg: CN) -> None:
     # How ground truth is resized to it: corner (cv2's nearest: DeRIS) | center (PIL's nearest: LAVT,
     # CrossVLT and the lineage of VIPA). At 480x480 the two differ by 1 % IoU.
     cfg.TEST.SAMPLE = "corner"
-    # How ground truth is resized to it: corner (cv2's nearest: DeRIS) | center (PIL's nearest: LAVT,
-    # CrossVLT and the lineage of VIPA). At 480x480 the two differ by 1 % IoU.
-    cfg.TEST.SAMPLE = "corner"
     cfg.TEST.MAX_EXPRESSIONS = 32  # expressions segmented at once in evaluation (bounds memory)
     cfg.TEST.NO_TARGET_MIN_AREA = 50  # pixels at output size, for MODEL.RIS.NO_TARGET "area"
     cfg.TEST.BEST_METRIC = "gIoU"  # keeps model_best.pth; mean over DATASETS.TEST
@@ -369,11 +366,6 @@ def _add_deris_keys(cfg: CN) -> None:
     # hierarchical (p_to_c with f_v added at each level of the pixel decoder).
     cfg.MODEL.DERIS.QUERY_FLOW = "loopback"
     cfg.MODEL.DERIS.VISUAL_FEATURES = True  # f_v in f_m = Conv(Concat(f_h4, f_v)); False: f_h4 alone
-    # Whom an instance attends in a cognition layer. queries: the other queries of its expression, told
-    # apart by mask priors, as the paper says. released: by swapped axes, the released code lets query
-    # n attend query n of the other expressions in the batch, or, of a batch of one, itself; so do
-    # training and evaluation here, and only so the released weights give the published numbers.
-    cfg.MODEL.DERIS.INSTANCE_ATTENTION = "released"
     # Whom an instance attends in a cognition layer. queries: the other queries of its expression, told
     # apart by mask priors, as the paper says. released: by swapped axes, the released code lets query
     # n attend query n of the other expressions in the batch, or, of a batch of one, itself; so do
