@@ -260,6 +260,9 @@ def test_a_released_file_serves_as_weights(tmp_path, caplog, prefix, training_st
     assert torch.equal(model.cognition.query.weight, state[prefix + name])
     assert f"{len(model.state_dict())} used; 0 resized;" in caplog.text
     assert "0 missing; 0 of another shape" in caplog.text
+    # 12 of mapmlp, 6 of box_embed, 5 indices of Swin, 4 of SEG_proj, 2 of cls_embed, logit_embed and
+    # nt_embed, the mask token, the unused queries and the criterion's buffer.
+    assert "; 36 ignored (head.criterion.empty_weight, " in caplog.text
 
 
 def test_fewer_queries_of_a_released_file_start_a_training(tmp_path, caplog):
