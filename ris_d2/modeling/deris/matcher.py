@@ -53,8 +53,9 @@ class HungarianMatcher:
             nothing = owners.new_empty(len(rounds), 0)
             return nothing, nothing
         costs = torch.stack([self._costs(outputs, masks, owners) for outputs in rounds]).cpu()
-        _check_finite(costs, owners.cpu(), names)
-        counts = owners.bincount()
+        expressions = owners.cpu()
+        _check_finite(costs, expressions, names)
+        counts = expressions.bincount()
         sizes = counts[counts > 0].tolist()
         matched = [_assign(round_costs, sizes) for round_costs in costs]
         queries, instances = torch.tensor(matched, device=owners.device).unbind(1)
