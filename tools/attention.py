@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Show where models look, side by side on the same images, and measure it.
 
-    python tools/attention.py --model "Advanced LE" configs/ablations/vipa/advanced_le.yaml le.pth \
+    python tools/attention.py --model "Advanced LE" configs/ablations/vipa/t5_advanced_le.yaml le.pth \
         --model VE configs/vipa_swin_b.yaml ve.pth \
         --dataset ris_refcocog_umd_val --images 200 --output out [--tsne] [KEY VALUE ...]
     python tools/attention.py --model Shared-RIS configs/shared_ris_beit3_b.yaml model_best.pth \

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
+
+from ris_d2 import load_config
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -96,6 +99,18 @@ def test_modules_per_image(benchmark, monkeypatch):
     model = TwoSides()
     assert benchmark._modules_per_image(model, None) == ["image"], "outermost, and no text"
     assert not model.image._forward_pre_hooks and "encode_images" not in vars(model)
+
+
+@pytest.mark.parametrize("fusion", ["early", "late", "none"])
+def test_early_fusion_shares_what_comes_before_the_first_exchange(benchmark, fusion):
+    """VIPA: the whole image encoder is per image with late and no fusion, a stage with early."""
+    options = ["MODEL.VIPA.ENCODER", fusion, "MODEL.WEIGHTS", ""]
+    cfg = load_config(str(REPOSITORY / "configs" / "refshapes" / "vipa_tiny.yaml"), options)
+    modules = benchmark._modules_per_image(build_model(cfg).eval(), cfg)
+    if fusion == "early":
+        assert modules == ["encoder.vision.patch_embed", "encoder.vision.layers.0.blocks.0"]
+    else:
+        assert modules == ["encoder.vision"]
 
 
 def test_train_takes_a_step_with_the_units_of_the_config(benchmark, tiny_config):
