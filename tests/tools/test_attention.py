@@ -53,7 +53,7 @@ def test_two_models_side_by_side(attention, tiny_config, shapes, tmp_path, capsy
     assert names == {"maps.png", "tsne_0.png", "tsne_1.png", "attention.json"}
     # Text, target, and mask and three maps of each model.
     assert Image.open(output / "maps.png").width == 12 + (1 + 1 + 2 * 4) * (160 + 12)
-    assert "decoder.layers.0.fusion" in capsys.readouterr().out
+    assert "decoder 1" in capsys.readouterr().out
 
 
 class Looks:

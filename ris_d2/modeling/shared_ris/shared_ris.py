@@ -119,7 +119,10 @@ class SharedRIS(ReferringSegmenter):
         (vision, text), _ = recorder.inputs[layers[0]][0]
         return Explanation(
             maps=maps,
-            entropy={name: row_entropy(recorder.weights[name][-1]) for name in layers},
+            entropy={
+                f"decoder {number}": row_entropy(recorder.weights[name][-1])
+                for number, name in enumerate(layers, 1)
+            },
             pixels=vision[:, 1:].unflatten(1, self.encoder.grid),
             tokens=text,
         )
