@@ -123,9 +123,11 @@ class NonReferentConversion:
         """
         chosen = rng.random(len(unit["expressions"])) < self.rate
         expressions = [
-            self._convert(expression, image_key(unit), pool, rng)
-            if choice and expression["annotation_ids"]
-            else expression
+            (
+                self._convert(expression, image_key(unit), pool, rng)
+                if choice and expression["annotation_ids"]
+                else expression
+            )
             for expression, choice in zip(unit["expressions"], chosen)
         ]
         if not any("replaced_text" in expression for expression in expressions):
