@@ -91,9 +91,12 @@ class Observer:
         inputs = self.predictor.prepare(sample.image, sample.texts)
         results = model([inputs])[0]["referring"]
         (explanation,) = model.explanations([inputs])
+        text_mask = inputs["text_mask"]
+        if model.trims_text:
+            text_mask = text_mask[:, : text_mask.sum(1).max()]
         looked = []
         for row, result in enumerate(results):
-            real = inputs["text_mask"][row]
+            real = text_mask[row]
             part = explanation.apply(lambda x, row=row: x[row])
             maps = {
                 name: self._placed(values if values.ndim == 2 else _of_real(values, real), inputs)
@@ -104,7 +107,7 @@ class Observer:
                     maps=maps,
                     mask=result["mask"].cpu().numpy(),
                     tokens=self.predictor.mapper.tokenizer.tokens(
-                        inputs["input_ids"][row][real].tolist()
+                        inputs["input_ids"][row, : len(real)][real].tolist()
                     ),
                     entropy={name: value.item() for name, value in part.entropy.items()},
                     **self._embedded(part, real, sample.targets[row], inputs),
@@ -150,8 +153,8 @@ class Observer:
 
 
 def _of_real(values: Tensor, real: Tensor) -> Tensor:
-    """Without the rows of padding; rows that are no words (visual tokens, always more) all stay."""
-    return values[: int(real.sum())] if len(values) <= len(real) else values
+    """Rows of real tokens; rows that are no words (VIPA's visual tokens without retrieval) all stay."""
+    return values[real] if len(values) == len(real) else values
 
 
 def samples(args: argparse.Namespace) -> Iterator[Sample]:

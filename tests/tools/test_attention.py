@@ -60,6 +60,7 @@ class Looks:
     """In place of Predictor's model: looks at the left half, each word at a column of its own."""
 
     input_size = (64, 64)
+    trims_text = False
 
     def __call__(self, batched_inputs):
         (inputs,) = batched_inputs
@@ -115,6 +116,11 @@ def test_maps_lie_where_the_model_looked(attention, tiny_config, tmp_path, monke
     small[1, 40] = True
     (looked,) = observer.look(attention.Sample(image=image, texts=["all"], targets=[small]))
     assert np.flatnonzero(looked.on_target).tolist() == [6]
+    # Embeddings of words lose the padding; as many as there are visual tokens are not of words.
+    assert len(first.embeddings) == 4
+    words, real = torch.randn(20, 2), torch.arange(20) < 4
+    assert torch.equal(attention._of_real(words, real), words[:4])
+    assert torch.equal(attention._of_real(words[:9], real), words[:9])
     attention.draw_words(str(tmp_path / "words.png"), sample, 0, {"looks": first})
     assert Image.open(tmp_path / "words.png").width == 12 + 5 * (120 + 12)
     seen = {}
