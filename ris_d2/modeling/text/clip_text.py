@@ -56,6 +56,8 @@ class RISCLIPText(nn.Module):
                 num_hidden_layers=depth,
                 num_attention_heads=num_heads,
                 max_position_embeddings=num_positions,
+                bos_token_id=vocab_size - 2,  # as CLIP's; transformers warns of ids beyond a table
+                eos_token_id=vocab_size - 1,
             )
         )
         # transformers 4 has one more level than 5.
