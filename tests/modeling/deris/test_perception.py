@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY
 
 from ris_d2 import get_ris_cfg
 from ris_d2.modeling.deris.perception import MaskFeatures, PerceptionBranch
@@ -214,3 +215,18 @@ def test_bf16_stays_near_fp32():
     # Round 0 alone: later queries attend masks whose edges bf16 moves.
     scale = expected[0].abs().mean()
     assert (logits[0].float() - expected[0]).abs().mean() < 0.05 * scale
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_frozen_swin_keeps_drop_path_in_mode_train(deris_cfg, mode):
+    deris_cfg.MODEL.RIS.FREEZE = type(deris_cfg)({"perception.backbone": mode})
+    deris_cfg.MODEL.RIS.SWIN.DROP_PATH = 0.9
+    torch.manual_seed(0)
+    model = META_ARCH_REGISTRY.get("DeRIS")(deris_cfg).train()
+    images = torch.randn(8, 3, 64, 96)
+    twice = [model.perception.backbone(images)["res5"] for _ in range(2)]
+    assert torch.equal(*twice) == (mode == "eval")
+    assert not twice[0].requires_grad
+    assert model.perception.encode_images(images).maps.requires_grad
+    model.eval()
+    assert torch.equal(*[model.perception.backbone(images)["res5"] for _ in range(2)])
