@@ -1,5 +1,6 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021) without compiled code."""
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -95,21 +96,14 @@ def weighted_samples(
         float32 (B, Q, M, D)
     """
     batch, length, heads, _ = values.shape
-    levels, per_level = points.shape[3:5]
-    device = values.device
-    # Per place (head, level, point), so that the innermost loops are long.
-    heights, widths = (
-        torch.tensor(lengths, device=device).repeat_interleave(per_level).repeat(heads)
-        for lengths in zip(*sizes, strict=True)
-    )
-    areas = torch.tensor([0] + [h * w for h, w in sizes], device=device)
-    first = areas.cumsum(0)[:levels].repeat_interleave(per_level).repeat(heads) * heads
-    first = first + torch.arange(heads, device=device).repeat_interleave(levels * per_level)
-    first = first + torch.arange(batch, device=device)[:, None, None] * (length * heads)
+    per_level, device = points.shape[4], values.device
+    heights, widths, first = _places(tuple(sizes), heads, per_level, device)
+    images = torch.arange(batch, dtype=torch.int32, device=device)[:, None, None]
+    first = first + images * (length * heads)
 
     x, y = points.flatten(2, 4).unbind(-1)
-    columns, rows = _neighbours(x, widths.int()), _neighbours(y, heights.int())
-    weights, first, widths = weights.flatten(2), first.int(), widths.int()
+    columns, rows = _neighbours(x, widths), _neighbours(y, heights)
+    weights = weights.flatten(2)
     index, share = [], []
     for row, row_share in rows:
         row_start, row_share = row * widths, row_share * weights
@@ -124,6 +118,21 @@ def weighted_samples(
         mode="sum",
     )
     return read.view(batch, -1, heads, read.shape[-1])
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _places(
+    sizes: tuple[tuple[int, int], ...], heads: int, per_level: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per place (head, level, point): height and width of its map, and the row of the map's first pixel
+    among all pixels x heads; int32 (places,) each."""
+    areas = [0] + [height * width for height, width in sizes[:-1]]
+    levels = torch.tensor([(h, w, 0) for h, w in sizes], dtype=torch.int32, device=device)
+    levels[:, 2] = torch.tensor(areas, device=device).cumsum(0) * heads
+    places = levels.repeat_interleave(per_level, 0).repeat(heads, 1)
+    places[:, 2] += torch.arange(heads, device=device).repeat_interleave(len(places) // heads)
+    return places.unbind(1)
 
 
 def _neighbours(position: Tensor, length: Tensor) -> list[tuple[Tensor, Tensor]]:
