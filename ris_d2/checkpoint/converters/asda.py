@@ -31,7 +31,7 @@ _RENAMED = {
     r"^vis_select\.": "selection.project.",
     r"^feature_selector_l\.": "selection.networks.low.0.",
     r"^feature_selector_m\.": "selection.networks.mid.0.",
-    r"^fusion\.mapping_visu\.": "fusion.vision.",
+    r"^fusion\.mapping_visu\.": "projection.",
     r"^fusion\.lang_proj\.0\.": "fusion.words.",
     r"^fusion\.lang_proj\.1\.": "fusion.words_norm.",
     r"^fusion\.fusion\.0\.": "fusion.norm.",

@@ -15,7 +15,7 @@ from ..segmenter import ReferringSegmenter
 from ..text import RISCLIPText, build_text_encoder
 from .afs import AdaptiveFeatureSelection
 from .attention import LocalVisualAttention, WordGuidedAttention
-from .blocks import Norm
+from .blocks import ConvBlock, Norm
 from .decoder import SegmentationDecoder
 from .sfa import GlobalFusion, build_aggregator
 from .wcg import CoefficientGenerator
@@ -50,6 +50,7 @@ class ASDA(ReferringSegmenter):
         *,
         vision: RISCLIPViT,
         text: RISCLIPText,
+        projection: ConvBlock,
         selection: AdaptiveFeatureSelection,
         fusion: GlobalFusion,
         aggregator: nn.Module,
@@ -67,6 +68,7 @@ class ASDA(ReferringSegmenter):
     ):
         """
         Args:
+            projection: of the last layer's features, for the fusion with the sentence.
             attention, word_attention: None leaves them out (Table 2 a to d).
             coefficients: the second branch; None: the decoder makes the mask itself, of features that
                 have read the words if there is a ``word_attention`` (Table 2 e).
@@ -80,6 +82,7 @@ class ASDA(ReferringSegmenter):
         self.vision = vision
         self.text = text
         self.vocab_size = text.vocab_size
+        self.projection = projection
         self.selection = selection
         self.fusion = fusion
         self.aggregator = aggregator
@@ -92,7 +95,7 @@ class ASDA(ReferringSegmenter):
         self.dice_weight, self.focal_weight = dice_weight, focal_weight
         self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
         # Convolutions make up most of the work, and are faster in this memory format.
-        for part in (fusion, aggregator, decoder, coefficients):
+        for part in (projection, aggregator, decoder, coefficients):
             if part is not None:
                 part.to(memory_format=torch.channels_last)
         self.freeze_parts()
@@ -117,6 +120,7 @@ class ASDA(ReferringSegmenter):
             "sentence_dim": text.dim,
             "vision": vision,
             "text": text,
+            "projection": ConvBlock(vision.dim, vision.dim, kernel=1, norm=norm),
             "selection": AdaptiveFeatureSelection(
                 vision_dim=vision.dim,
                 text_dim=text.dim,
@@ -164,7 +168,7 @@ class ASDA(ReferringSegmenter):
 
     def encode_images(self, images: Tensor, views: dict[str, Tensor]) -> ImageFeatures:
         states = self.vision.forward_layers(images)
-        return ImageFeatures(states, self.fusion.project(self.vision.feature_map(states[-1])))
+        return ImageFeatures(states, self.projection(self.vision.feature_map(states[-1])))
 
     def segment(
         self,

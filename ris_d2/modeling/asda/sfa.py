@@ -11,13 +11,12 @@ from .blocks import ConvBlock, Norm
 class GlobalFusion(nn.Module):
     """F_G: the last layer's features times the sentence (Eq. 4).
 
-    As released, both are projected to one width first, which Eq. 4 leaves out (768 and 512 do not
-    match), and the product is normalised.
+    As released, both are projected to one width first (the features once per image, outside), which
+    Eq. 4 leaves out (768 and 512 do not match), and the product is normalised.
     """
 
     def __init__(self, *, vision_dim: int, text_dim: int, norm: Norm):
         super().__init__()
-        self.vision = ConvBlock(vision_dim, vision_dim, kernel=1, norm=norm)
         # Released with PyTorch's usual momentum, unlike all other norms.
         usual = Norm(name=norm.name)
         self.words = nn.Linear(text_dim, vision_dim)
@@ -27,7 +26,7 @@ class GlobalFusion(nn.Module):
     def forward(self, top: Tensor, sentence: Tensor, image_index: Tensor) -> Tensor:
         """
         Args:
-            top: (B, C, h, w) of ``project``.
+            top: (B, C, h, w), the projected features.
             sentence: (E, D).
             image_index: int64 (E,).
 
@@ -45,10 +44,6 @@ class GlobalFusion(nn.Module):
         words = self.words_norm(self.words(sentence)[..., None, None])  # (E, C, 1, 1)
         product = top[image_index] * F.leaky_relu(words, 0.1)
         return F.leaky_relu(self.norm(product), 0.1, inplace=True)
-
-    def project(self, top: Tensor) -> Tensor:
-        """What does not depend on language, once per image: (B, C, h, w) -> (B, C, h, w)."""
-        return self.vision(top)
 
 
 class ScaleWiseAggregator(nn.Module):

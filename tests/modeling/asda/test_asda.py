@@ -46,7 +46,7 @@ def test_parameters_of_the_default():
     assert count(model, trainable=True) == 180_403_200
     assert count(model) - count(model, trainable=True) == count(model.selection) == 394_240
     millions = {name: round(count(part) / 1e6, 3) for name, part in model.named_children()}
-    expected = {"fusion": 0.988, "aggregator": 13.578, "attention": 3.157, "decoder": 3.615}
+    expected = {"projection": 0.591, "aggregator": 13.578, "attention": 3.157, "decoder": 3.615}
     assert {name: millions[name] for name in expected} == expected
     assert count(model.coefficients.out) == 26 * 26 * 32 * 32
 
