@@ -7,7 +7,7 @@
 
 With several configurations there is a column for each, and its ratio to the first; KEY VALUE pairs
 go to all of them. Part model says what is computed once per image whatever the number of sentences
-(runs_per_image, encode_images), what once per sentence (segment), and what is left: resizing masks.
+(runs_per_image, encode_images), what once per sentence (segment), and the rest: collating, and resizing masks to 640x480.
 Part train gives the peak above weights, gradients and the optimizer's state (peak_above_state), of
 which saved_for_backward are the activations that wait for the backward pass.
 
@@ -72,7 +72,8 @@ def measure_model(cfg: CfgNode, args: argparse.Namespace) -> Figures:
         latencies[count] = seconds
         figures[f"latency_{count}_{noun}_ms"] = 1000 * seconds
         figures[f"repeats_{count}_{noun}"] = repeats
-        for name, part_seconds in stopwatch.medians().items():
+        shares = stopwatch.medians()
+        for name, part_seconds in {**shares, "rest": seconds - sum(shares.values())}.items():
             figures[f"{name}_{count}_{noun}_ms"] = 1000 * part_seconds
         figures[f"expressions_per_s_at_{count}"] = count / seconds
     # 1: the image is encoded anew for each sentence; 1/8: sentences cost nothing beside it.
@@ -339,7 +340,7 @@ def _table(reports: Sequence[dict]) -> str:
                 theirs = other["parts"][part][measure]
                 row += [_shown(theirs), _ratio(theirs, value)]
             rows.append(row)
-    return tabulate(rows, headers=headers, disable_numparse=True, maxcolwidths=40, stralign="right")
+    return tabulate(rows, headers=headers, disable_numparse=True, maxcolwidths=48, stralign="right")
 
 
 def _shown(value: float | str) -> str:
