@@ -7,8 +7,8 @@
 
 With several configurations there is a column for each, and its ratio to the first; KEY VALUE pairs
 go to all of them. Part model says what is computed once per image whatever the number of sentences
-(runs_per_image, encode_images), what once per sentence (segment), and the rest: collating, and resizing masks to 640x480.
-Part train gives the peak above weights, gradients and the optimizer's state (peak_above_state), of
+(runs_per_image, encode_images), what once per sentence (segment), and the rest: collating, and
+resizing masks to 640x480. Part train gives the peak above weights, gradients and the optimizer's state (peak_above_state), of
 which saved_for_backward are the activations that wait for the backward pass.
 
 Nothing has to be downloaded: weights are random and images, annotations and the tokenizer of the
