@@ -157,7 +157,7 @@ class VisualExpressionGenerator(nn.Module):
 
     def num_retrieved(self, num_tokens: int) -> int:
         """N_p of N visual tokens."""
-        # The tiny addition: 0.3 * 10 is 2.999... in binary.
+        # The tiny addition: 0.29 * 100 is 28.999... in binary.
         return max(1, math.floor(self.ratio * num_tokens + 1e-6))
 
     def _cue_mask(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
