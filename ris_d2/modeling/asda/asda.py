@@ -13,7 +13,7 @@ from ..explanation import Explanation
 from ..losses import mask_dice, mask_focal
 from ..segmenter import ReferringSegmenter
 from ..text import RISCLIPText, build_text_encoder
-from .afs import AdaptiveFeatureSelection
+from .afs import AdaptiveFeatureSelection, Selected
 from .attention import LocalVisualAttention, WordGuidedAttention
 from .blocks import ConvBlock, Norm
 from .decoder import SegmentationDecoder
@@ -183,16 +183,10 @@ class ASDA(ReferringSegmenter):
             features before and after the words (Fig. 4), "fine" only with words; "low_layer" and
             "mid_layer" int64 (E,), 1-based, if layers are selected.
         """
-        *layers, words = self.text.forward_layers(input_ids, text_mask)  # ..., f_T
-        last_token = text_mask.sum(1) - 1  # [EOS]
-        each = torch.arange(len(words), device=words.device)
-        sentence = words[each, last_token]  # f_E
-        if self.layerwise_text:
-            sentences = [state[each, last_token] for state in layers]
-        else:
-            sentences = [sentence] * len(features.states)
+        words, sentence, selected = self._read_and_select(
+            features, image_index, input_ids, text_mask
+        )
         grid = self.vision.grid
-        selected = self.selection(features.states, sentences, image_index, grid)
         fused = self.fusion(features.top, sentence, image_index)  # F_G
         coarse = F.relu(self.aggregator(fused, selected))  # F_coarse
         outputs = {"sentence": sentence, "coarse": coarse}
@@ -211,6 +205,37 @@ class ASDA(ReferringSegmenter):
         weights = self.coefficients(fine)
         outputs["mask_logits"] = torch.einsum("enhw,en->ehw", responses, weights)  # Eq. 10
         return outputs
+
+    def _read_and_select(
+        self, features: ImageFeatures, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Selected]]:
+        """Words f_T (E, L, D), sentence f_E (E, D), and the levels that it selects."""
+        *layers, words = self.text.forward_layers(input_ids, text_mask)
+        last_token = text_mask.sum(1) - 1  # [EOS]
+        each = torch.arange(len(words), device=words.device)
+        sentence = words[each, last_token]
+        if self.layerwise_text:
+            sentences = [state[each, last_token] for state in layers]
+        else:
+            sentences = [sentence] * len(features.states)
+        grid = self.vision.grid
+        return words, sentence, self.selection(features.states, sentences, image_index, grid)
+
+    @torch.no_grad()
+    def selected_layers(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
+        """Which layers sentences choose, without segmenting anything.
+
+        Args:
+            batched_inputs: as in evaluation.
+
+        Returns:
+            "low" and "mid" -> int64 (sum E,), 1-based layers of the vision encoder, on the CPU.
+        """
+        image_index, input_ids, text_mask = self._collate_text(batched_inputs)
+        with self._autocast():
+            features = self.encode_images(*self._collate_images(batched_inputs))
+            *_, selected = self._read_and_select(features, image_index, input_ids, text_mask)
+        return {name: level.layers.cpu() for name, level in selected.items()}
 
     def explain(
         self,
