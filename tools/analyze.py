@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Parameters and multiply-adds of a model, part by part, per image and per expression.
 
-    python tools/analyze.py --config-file configs/shared_ris_beit3_b.yaml [--json] [KEY VALUE ...]
+    python tools/analyze.py --config-file configs/shared_ris_beit3_b.yaml [--depth 2] [--json] [KEY VALUE ...]
 
 Parameters are counted without allocating them; multiply-adds (MACs) are counted while the model segments
 one sentence of MAX_TOKENS words in one image of the config's size, on the CPU, with random weights.
@@ -13,7 +13,8 @@ element.
 import argparse
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -34,19 +35,23 @@ _ELEMENTWISE = {
 }
 
 
-def analyze(cfg: CfgNode) -> dict:
+def analyze(cfg: CfgNode, depth: int = 1) -> dict:
     """Count parameters and multiply-adds at the config's input size.
+
+    Args:
+        depth: 1 lists the model's parts, 2 the parts of those, and so on.
 
     Returns:
         {"parameters": {"total", "trainable"}, "macs", "macs_per_image", "macs_per_expression",
         "parts": {name: {"parameters", "macs"}}}: ``macs`` and those of the parts are of the whole
-        forward pass of one image with one expression.
+        forward pass of one image with one expression; what runs in no part is in ``macs`` alone.
     """
     build = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     with torch.device("meta"):
         skeleton = build(cfg)
     model = build(cfg).eval()
-    one, two = (_count_macs(model, cfg, expressions) for expressions in (1, 2))
+    parts = dict(_parts(skeleton, depth))
+    one, two = (_count_macs(model, cfg, expressions, list(parts)) for expressions in (1, 2))
     per_expression = two["Global"] - one["Global"]
     return {
         "parameters": {
@@ -57,17 +62,44 @@ def analyze(cfg: CfgNode) -> dict:
         "macs_per_image": one["Global"] - per_expression,
         "macs_per_expression": per_expression,
         "parts": {
-            name: {
-                "parameters": _count(child.parameters()),
-                "macs": _inside(one, f"{type(model).__name__}.{name}"),
-            }
-            for name, child in skeleton.named_children()
+            name: {"parameters": _count(part.parameters()), "macs": one[name]}
+            for name, part in parts.items()
         },
     }
 
 
-def _count_macs(model: nn.Module, cfg: CfgNode, expressions: int) -> dict[str, int]:
-    """Multiply-adds by module path; "Global" is the whole."""
+def _parts(module: nn.Module, depth: int, prefix: str = "") -> Iterable[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if depth > 1 and any(True for _ in child.children()):
+            yield from _parts(child, depth - 1, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", child
+
+
+class _PartCounter(FlopCounterMode):
+    """Counts by part, whether it is called as a whole, by its methods, or in pieces."""
+
+    def __init__(self, model: nn.Module, parts: Sequence[str]):
+        super().__init__(display=False, custom_mapping=_ELEMENTWISE)
+        self.part_flops = dict.fromkeys(parts, 0)
+        self._paths = {part: f"{type(model).__name__}.{part}" for part in parts}
+
+    def _count_flops(self, func_packet: Any, *args: Any) -> Any:
+        before = self.flop_counts["Global"][func_packet]
+        result = super()._count_flops(func_packet, *args)
+        added = self.flop_counts["Global"][func_packet] - before
+        if added:
+            running = [f"{path}." for path in self.mod_tracker.parents]
+            for part, path in self._paths.items():
+                if any(name.startswith(f"{path}.") for name in running):
+                    self.part_flops[part] += added
+        return result
+
+
+def _count_macs(
+    model: nn.Module, cfg: CfgNode, expressions: int, parts: Sequence[str]
+) -> dict[str, int]:
+    """Multiply-adds by part; "Global" is the whole."""
     height, width = cfg.INPUT.RIS.SIZE
     length = cfg.INPUT.RIS.MAX_TOKENS
     inputs = {
@@ -80,17 +112,11 @@ def _count_macs(model: nn.Module, cfg: CfgNode, expressions: int) -> dict[str, i
         "text_mask": torch.ones(expressions, length, dtype=torch.bool),
         "expressions": [{"expression_id": i} for i in range(expressions)],
     }
-    with FlopCounterMode(display=False, custom_mapping=_ELEMENTWISE) as counter:
+    counter = _PartCounter(model, parts)
+    with counter:
         model([inputs])
-    return {path: sum(c.values()) // 2 for path, c in counter.get_flop_counts().items()}
-
-
-def _inside(macs: Mapping[str, int], part: str) -> int:
-    """Sum over the outermost modules of a part that were called (a part may be used by its methods)."""
-    inside = [path for path in macs if path == part or path.startswith(f"{part}.")]
-    return sum(
-        macs[path] for path in inside if not any(path.startswith(f"{other}.") for other in inside)
-    )
+    flops = {**counter.part_flops, "Global": counter.get_total_flops()}
+    return {name: count // 2 for name, count in flops.items()}
 
 
 def as_table(report: dict) -> str:
@@ -115,10 +141,11 @@ def _count(parameters: Iterable[Tensor]) -> int:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config-file", required=True)
+    parser.add_argument("--depth", type=int, default=1, help="list parts of parts (2), and so on")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
     args = parser.parse_args(argv)
-    report = analyze(load_config(args.config_file, args.opts))
+    report = analyze(load_config(args.config_file, args.opts), args.depth)
     print(json.dumps(report, indent=2) if args.json else as_table(report))
 
 

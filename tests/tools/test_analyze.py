@@ -2,6 +2,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from detectron2.modeling import META_ARCH_REGISTRY
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -37,3 +39,35 @@ def test_table_for_a_person(load_tool, tiny_config, capsys):
     load_tool("analyze").main(["--config-file", tiny_config])
     out = capsys.readouterr().out
     assert "encoder" in out and "existence_head" in out and "per expression" in out
+
+
+def test_published_deris_less_what_no_loss_ever_reached(load_tool):
+    """291,462,038 parameters of the released DeRIS-B, 242,623,436 of them trained, less what its forward
+    pass never reads or no loss reaches (mask token, logit_embed, cls_embed, box_embed, SEG_proj, four
+    mapmlp, nt_embed and query_embed of its perception branch)."""
+    dead = 768 + 514 + 514 + 132_612 + 131_584 + 4 * 2_560 + 257 + 2_560
+    analyze = load_tool("analyze")
+    cfg = analyze.load_config(str(CONFIGS / "deris_swin_s.yaml"))
+    with torch.device("meta"):
+        model = META_ARCH_REGISTRY.get("DeRIS")(cfg)
+    sizes = {name: (p.numel(), p.requires_grad) for name, p in model.named_parameters()}
+    assert sum(size for size, _ in sizes.values()) == 291_462_038 - dead
+    assert sum(size for size, trained in sizes.values() if trained) == 242_623_436 - dead
+
+
+def test_parts_of_parts(load_tool, capsys):
+    """Perception and cognition run by their methods, in pieces; each piece is counted where it is."""
+    leaf = str(CONFIGS / "instant_test" / "deris.yaml")
+    reports = []
+    for depth in ("1", "2"):
+        load_tool("analyze").main(["--config-file", leaf, "--depth", depth, "--json"])
+        reports.append(json.loads(capsys.readouterr().out))
+    whole, parts = reports
+    for name in ("perception", "cognition"):
+        inside = [part for path, part in parts["parts"].items() if path.startswith(f"{name}.")]
+        for key in ("parameters", "macs"):
+            assert sum(part[key] for part in inside) == whole["parts"][name][key]
+    assert parts["parts"]["cognition.layers"]["macs"] > 0
+    assert parts["parts"]["perception.backbone"]["macs"] > 0
+    attributed = sum(part["macs"] for part in parts["parts"].values())
+    assert 0.9 * whole["macs"] < attributed <= whole["macs"]
