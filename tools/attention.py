@@ -307,22 +307,19 @@ def draw_words(path: str, sample: Sample, row: int, models: dict[str, Looked]) -
 def draw_region(
     path: str, sample: Sample, row: int, models: dict[str, Looked], point: tuple[int, int]
 ) -> None:
-    """A line per map of the tokens: the place of ``point`` (x, y), and the maps' values there."""
+    """A column per map of the tokens: the place of ``point`` (x, y), and the maps' values there."""
     x, y = point
-    height, width = sample.image.shape[:2]
-    half = max(2, round(min(height, width) / 24))
+    half = max(2, round(min(sample.image.shape[:2]) / 24))
     box = (x - half, y - half, x + half, y + half)
-    lines = [
-        (
-            f"{name}: {key}",
-            [region_words(sample.image, box, looked.tokens, values[:, y, x].numpy())],
-        )
+    columns = {
+        f"{name}: {key}": region_words(sample.image, box, looked.tokens, values[:, y, x].numpy())
         for name, looked in models.items()
         for key, values in looked.maps.items()
         if values.ndim == 3 and len(values) == len(looked.tokens)
-    ]
-    if lines:
-        write_png(path, picture_grid(lines, columns=[""], title=sample.texts[row], cell=480))
+    }
+    if columns:
+        row_of_pictures = (sample.texts[row], list(columns.values()))
+        write_png(path, picture_grid([row_of_pictures], columns=list(columns), cell=400))
 
 
 def _per_token(sample: Sample, row: int, looked: Looked) -> dict:
