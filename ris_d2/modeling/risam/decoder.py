@@ -75,9 +75,6 @@ class MutualAwareMaskDecoder(nn.Module):
             *(nn.Linear(dim, dim), nn.ReLU()),
             nn.Linear(dim, widths[-1]),
         )
-        # The paper is silent; as transformers are usually initialised. With torch's own, attention is
-        # uniform for long.
-        self.apply(_init_xavier)
 
     def forward(
         self, features: MutualFeatures, text_mask: Tensor, grid: tuple[int, int]
@@ -148,9 +145,3 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         return self.norm(x + self.dropout(self.layer(x, *context)))
-
-
-def _init_xavier(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
