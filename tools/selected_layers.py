@@ -43,7 +43,7 @@ _ATTRIBUTE = re.compile(
     r"|tall|taller|tallest|short|shorter|shortest|long|old|young|striped|plaid|wooden|metal|glass)\b"
 )
 # Okabe and Ito's palette, in the order of a level's layers.
-_COLORS = ("#56B4E9", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7")
+_COLORS = ("#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#D55E00")
 
 
 def expression_type(text: str) -> str:

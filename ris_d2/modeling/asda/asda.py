@@ -145,7 +145,11 @@ class ASDA(ReferringSegmenter):
                 else WordGuidedAttention(**attention, text_dim=text.dim)
             ),
             "decoder": SegmentationDecoder(
-                dim=asda.DIM, num_masks=num_masks, form=asda.DECODER, norm=norm
+                dim=asda.DIM,
+                num_masks=num_masks,
+                form=asda.DECODER,
+                phases=asda.UPSAMPLING == "phases",
+                norm=norm,
             ),
             "coefficients": (
                 CoefficientGenerator(
@@ -275,6 +279,7 @@ def _check(cfg: CfgNode, vision_depth: int, text_depth: int) -> None:
     for key, value, known in (
         ("ALIGNER", asda.ALIGNER, ("dual", "single", "none")),
         ("RESPONSES", asda.RESPONSES, ("relu", "sigmoid")),
+        ("UPSAMPLING", asda.UPSAMPLING, ("direct", "phases")),
         ("SELECTION.TEXT", asda.SELECTION.TEXT, ("layer", "final")),
     ):
         if value not in known:

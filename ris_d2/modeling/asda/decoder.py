@@ -1,20 +1,20 @@
 """The segmentation decoder (Eq. 7): N_c response masks."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import ConvBlock, Norm
+from .blocks import ConvBlock, Norm, UpsamplingBlock
 
 
 class SegmentationDecoder(nn.Module):
     """F_A to response masks at 8 times its resolution."""
 
-    def __init__(self, *, dim: int, num_masks: int, form: str, norm: Norm):
+    def __init__(self, *, dim: int, num_masks: int, form: str, phases: bool, norm: Norm):
         """
         Args:
             num_masks: N_c.
             form: released (two convolutions, three times x2 and convolution, a 3x3 convolution) or
                 paper (without the first two, and the last one 1x1).
+            phases: see ``UpsamplingBlock``.
 
         Raises:
             ValueError: for an unknown form.
@@ -26,15 +26,12 @@ class SegmentationDecoder(nn.Module):
         first = [(dim, half), (half, half)] if form == "released" else []
         self.convs = nn.Sequential(*(ConvBlock(a, b, kernel=3, norm=norm) for a, b in first))
         inner = half if first else dim
-        self.upsampling = nn.ModuleList(
-            ConvBlock(a, half, kernel=3, norm=norm) for a in (inner, half, half)
+        self.upsampling = nn.Sequential(
+            *(UpsamplingBlock(a, half, phases=phases, norm=norm) for a in (inner, half, half))
         )
         kernel = 3 if form == "released" else 1
         self.out = nn.Conv2d(half, num_masks, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(E, dim, h, w) -> (E, num_masks, 8 h, 8 w), before their activation."""
-        x = self.convs(x)
-        for block in self.upsampling:
-            x = block(F.interpolate(x, scale_factor=2, mode="nearest"))
-        return self.out(x)
+        return self.out(self.upsampling(self.convs(x)))
