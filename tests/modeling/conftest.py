@@ -57,3 +57,38 @@ def make_inputs():
         }
 
     return make
+
+
+@pytest.fixture
+def without_gradient():
+    """Names of the trainable parameters without gradient, but for those whose true gradient is zero:
+    the bias of the keys of an attention adds the same to each of a query's scores."""
+
+    def names(model):
+        return [
+            name
+            for name, p in model.named_parameters()
+            if p.requires_grad
+            and (p.grad is None or not p.grad.any())
+            and not name.endswith(("key.bias", "k_proj.bias", "k_proj.A.bias", "k_proj.B.bias"))
+        ]
+
+    return names
+
+
+@pytest.fixture
+def fit_one_image():
+    """Train 60 steps on one image; returns the last loss as a share of the first."""
+
+    def fit(model, inputs):
+        optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), 3e-3)
+        losses = []
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = sum(model([inputs]).values())
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses[-1] / losses[0]
+
+    return fit

@@ -35,19 +35,10 @@ def stir(model):
             torch.nn.init.normal_(module.weights.weight, std=0.1)
 
 
-def without_gradient(model):
-    """Trainable parameters without any; a key's bias adds the same to all of a query's scores."""
-    return [
-        name
-        for name, p in model.named_parameters()
-        if p.requires_grad
-        and (p.grad is None or not p.grad.any())
-        and not name.endswith(("key.bias", "k_proj.A.bias", "k_proj.B.bias"))
-    ]
-
-
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: "-".join(map(str, changes)))
-def test_every_parameter_learns_and_every_variant_segments(changes, deris_cfg, make_deris_inputs):
+def test_every_parameter_learns_and_every_variant_segments(
+    changes, deris_cfg, make_deris_inputs, without_gradient
+):
     model = build(deris_cfg, *changes)
     stir(model)
     losses = model([make_deris_inputs(seed=0), make_deris_inputs(2, seed=1)])
@@ -218,7 +209,9 @@ def test_bfloat16_trains_and_stays_near_fp32(deris_cfg, make_deris_inputs):
         assert losses["bf16"][name].item() == pytest.approx(losses["fp32"][name].item(), rel=0.1)
 
 
-def test_a_causal_language_model_may_think(deris_cfg, make_deris_inputs, tmp_path):
+def test_a_causal_language_model_may_think(
+    deris_cfg, make_deris_inputs, tmp_path, without_gradient
+):
     """Frozen, as the paper's Qwen2: only what stands on it learns."""
     from transformers import Qwen2Config
 
