@@ -170,7 +170,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
         subprocess.Popen([sys.executable, script, str(rank), "2", tmp_path / "2"], env=environment)
         for rank in range(2)
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
     for name in ("results.json", "per_expression.jsonl", "predictions.jsonl"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
     assert (tmp_path / "2" / "rank1.txt").read_text() == "{}"
