@@ -28,7 +28,7 @@ setup(
         "tabulate",
         "timm>=1.0",
         "tokenizers",
-        "transformers",
+        "transformers>=5",  # layers of earlier ones return tuples
     ],
     extras_require={
         "opencv": ["opencv-python-headless"],

@@ -64,7 +64,8 @@ def run(command, tmp_path, *more):
 
 
 def test_a_reader_gets_from_data_to_masks(tmp_path):
-    """RefShapes by hand, training on two CPU processes, evaluation, the demo, scoring of a file."""
+    """RefShapes by hand, training on two CPU processes, evaluation, the demo, scoring of a file, and
+    looks inside."""
     place = {
         "datasets/refshapes": str(tmp_path / "refshapes"),
         "sheet.png": str(tmp_path / "s.png"),
@@ -94,6 +95,14 @@ def test_a_reader_gets_from_data_to_masks(tmp_path):
     }
     out = run([place.get(word, word) for word in find("demo.py")], tmp_path)
     assert "the green triangle" in out and (tmp_path / "demo" / "results.json").is_file()
+
+    errors = find("analyze_errors.py")
+    assert "target / image" in run([*errors[:2], str(results / "per_expression.jsonl")], tmp_path)
+
+    place["output/attention"] = str(tmp_path / "attention")
+    attention = [place.get(word, word) for word in find("tools/attention.py")]
+    run(attention, tmp_path, "--images", "2", "--draw", "1")
+    assert (tmp_path / "attention" / "maps.png").is_file()
 
 
 def test_the_published_recipe_runs_in_the_real_directory_tree(tmp_path):
