@@ -8,8 +8,9 @@
 With several configurations there is a column for each, and its ratio to the first; KEY VALUE pairs
 go to all of them. Part model says what is computed once per image whatever the number of sentences
 (runs_per_image, encode_images), what once per sentence (segment), and the rest: collating, and
-resizing masks to 640x480. Part train gives the peak above weights, gradients and the optimizer's state (peak_above_state), of
-which saved_for_backward are the activations that wait for the backward pass.
+resizing masks to 640x480. Part train gives the peak above weights, gradients and the optimizer's
+state (peak_above_state), of which saved_for_backward are the activations that wait for the backward
+pass.
 
 Nothing has to be downloaded: weights are random and images, annotations and the tokenizer of the
 mapper's part are made on the fly. Times are medians over repeats after warm-up. The mapper and the
@@ -381,7 +382,7 @@ def _peak_memory_mb(device: torch.device | None = None) -> float:
 
 
 def _model_input(cfg: CfgNode, count: int, *, training: bool = False) -> dict:
-    """A model input of design.md with ``count`` expressions; token ids are small enough for any model."""
+    """What the mapper makes of an image with ``count`` expressions; token ids small enough for any model."""
     height, width = cfg.INPUT.RIS.SIZE
     generator = torch.Generator().manual_seed(count)
     length = cfg.INPUT.RIS.MAX_TOKENS
@@ -413,7 +414,7 @@ def _model_input(cfg: CfgNode, count: int, *, training: bool = False) -> dict:
 
 
 def _record(file_name: str) -> dict:
-    """A record of design.md: 3 polygon annotations, 7 expressions of 4 to 9 words."""
+    """A record as the readers of datasets make them: 3 polygon annotations, 7 expressions of 4 to 9 words."""
     annotations = []
     for i in range(ANNOTATIONS):
         angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, get_norm
 from torch import Tensor, nn
 
+from ..layers import instance_norm
 from ..layers.multiway import Streams
 
 
@@ -141,15 +142,10 @@ class PixelWordAttention(nn.Module):
     def forward(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """Vision (B, k, dim), text (B, T, dim), bool (B, T) -> (B, k, dim); one head."""
         attended = F.scaled_dot_product_attention(
-            _instance_norm(self.query(vision))[:, None],
+            instance_norm(self.query(vision))[:, None],
             self.key(text)[:, None],
             self.value(text)[:, None],
             text_mask[:, None, None, :],
         )
-        words = _instance_norm(self.out(attended[:, 0]))
+        words = instance_norm(self.out(attended[:, 0]))
         return self.norm(F.gelu(self.product(F.gelu(self.pixel(vision)) * words)))
-
-
-def _instance_norm(tokens: Tensor) -> Tensor:
-    """Each channel of (B, k, C) over its k tokens, without affine parameters."""
-    return F.instance_norm(tokens.transpose(1, 2)).transpose(1, 2)

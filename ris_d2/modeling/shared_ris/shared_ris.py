@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..backbone import RISBEiT3
 from ..explanation import AttentionRecorder, Explanation, row_entropy
+from ..layers import init_xavier
 from ..losses import mask_bce, mask_dice
 from ..segmenter import ReferringSegmenter
 from .decoder import SharedMaskDecoder
@@ -53,8 +54,8 @@ class SharedRIS(ReferringSegmenter):
         self.bce_weight = bce_weight
         self.dice_weight = dice_weight
         self.loss_at_input_size = loss_at_input_size
-        for part in (fpn, decoder):  # the paper is silent; as transformers are usually initialised
-            part.apply(_init_xavier)
+        for part in (fpn, decoder):  # the paper is silent
+            part.apply(init_xavier)
         self.freeze_parts()
 
     @classmethod
@@ -173,10 +174,3 @@ def _build_fpn(shared: CfgNode, encoder: RISBEiT3) -> nn.Module:
     if shared.FPN == "pwam":
         return PixelWordFPN(**dims, stages=shared.STAGES)
     raise ValueError(f"MODEL.SHARED_RIS.FPN is {shared.FPN!r}, not shared, cris or pwam")
-
-
-def _init_xavier(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

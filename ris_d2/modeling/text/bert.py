@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
+from ..layers import init_xavier
 from . import TEXT_ENCODER_REGISTRY
 
 MAX_POSITIONS = 512
@@ -89,20 +90,20 @@ class RISBert(BertStack):
     """Embeddings and layers; no pooler, which segmentation has no use for."""
 
     @configurable
-    def __init__(self, *, vocab_size: int = 30522, **stack):
+    def __init__(self, *, vocab_size: int = 30522, dropout: float = 0.1, **stack):
         """
         Args:
             vocab_size: rows of the word embedding.
-            stack: see BertStack.
+            dropout, stack: see BertStack.
         """
-        super().__init__(**stack)
+        super().__init__(dropout=dropout, **stack)
         from transformers.models.bert.modeling_bert import BertEmbeddings
 
         self.vocab_size = vocab_size
         config = _bert_config(
             dim=self.dim,
             num_heads=1,  # the embeddings have none
-            dropout=stack.get("dropout", 0.1),
+            dropout=dropout,
             vocab_size=vocab_size,
         )
         self.embeddings = BertEmbeddings(config)
@@ -171,10 +172,4 @@ def _init_released(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def _init_scratch(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-
-
-_INITS = {"released": _init_released, "scratch": _init_scratch}
+_INITS = {"released": _init_released, "scratch": init_xavier}

@@ -38,7 +38,8 @@ class VIPADecoder(nn.Module):
         super().__init__()
         if not attention_stages or not set(attention_stages) <= set(range(1, len(in_dims) + 1)):
             raise ValueError(
-                f"MODEL.VIPA.DECODER.ATTENTION_STAGES is {tuple(attention_stages)}: some of 4, 3, 2, 1"
+                f"MODEL.VIPA.DECODER.ATTENTION_STAGES is {tuple(attention_stages)}; it must name one or "
+                "more of the stages 4, 3, 2, 1"
             )
         if num_convs < 1:
             raise ValueError(f"MODEL.VIPA.DECODER.NUM_CONVS must be at least 1, not {num_convs}")
@@ -48,7 +49,7 @@ class VIPADecoder(nn.Module):
                 str(stage): AttentionBlock(
                     dim=dim, num_heads=num_heads, mlp_ratio=mlp_ratio, context_dim=dim
                 )
-                for stage in attention_stages
+                for stage in sorted(attention_stages, reverse=True)  # as they run
             }
         )
         self.fuse = nn.ModuleList(

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers import instance_norm
 from .attention import AttentionBlock
 
 HEAD_DIM = 64
@@ -32,11 +33,11 @@ class VisionReadsLanguage(nn.Module):
         """(E, N, vision_dim), (E, L, text_dim), bool (E, L) -> the fused residual (E, N, vision_dim)."""
         q, k, v = (
             x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for x in (_instance_norm(self.query(vision)), self.key(text), self.value(text))
+            for x in (instance_norm(self.query(vision)), self.key(text), self.value(text))
         )
         attended = F.scaled_dot_product_attention(q, k, v, text_mask[:, None, None, :])
         attended = attended.transpose(1, 2).flatten(2)
-        return F.gelu(self.mix(vision + _instance_norm(self.out(attended))))
+        return F.gelu(self.mix(vision + instance_norm(self.out(attended))))
 
 
 class Gate(nn.Module):
@@ -93,11 +94,6 @@ class LateFusion(nn.Module):
     def forward(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         """(E, N, vision_dim), (E, L, text_dim), bool (E, L) -> the same shapes."""
         return self.vision(vision, text, text_mask), self.text(text, vision)
-
-
-def _instance_norm(x: Tensor) -> Tensor:
-    """Over the positions of (E, N, C)."""
-    return F.instance_norm(x.transpose(1, 2)).transpose(1, 2)
 
 
 def _init_fusion(module: nn.Module) -> None:

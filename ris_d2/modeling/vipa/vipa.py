@@ -9,6 +9,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from ..explanation import AttentionRecorder, Explanation, row_entropy
+from ..layers import init_xavier
 from ..losses import mask_bce, mask_dice
 from ..segmenter import ReferringSegmenter
 from .decoder import VIPADecoder
@@ -75,11 +76,8 @@ class VIPA(ReferringSegmenter):
         self.log_relevance_temperature = None
         if learn_relevance_temperature and self.relevance_loss == "contrastive":
             self.log_relevance_temperature = nn.Parameter(torch.zeros(()))
-        for part in (
-            generator,
-            decoder,
-        ):  # the paper is silent; as transformers are usually initialised
-            part.apply(_init_xavier)
+        for part in (generator, decoder):  # the paper is silent
+            part.apply(init_xavier)
         self.freeze_parts()
 
     @classmethod
@@ -225,9 +223,3 @@ def _mean(tokens: Tensor, keep: Tensor | None) -> Tensor:
     if keep is None:
         return tokens.mean(1)
     return (tokens * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
-
-
-def _init_xavier(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from ris_d2 import get_ris_cfg
 from ris_d2.modeling.vipa import VIPA
@@ -66,6 +67,28 @@ def test_parameters(changes, parts, total):
     found = [millions(part) for part in (model.encoder, model.generator, model.decoder)]
     assert found == pytest.approx(parts, abs=0.02)
     assert millions(model) == pytest.approx(total, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "encoder, generator, decoder", [("early", 0.79, 336.9), ("beit3", 0.66, 348.0)]
+)
+def test_multiply_adds(encoder, generator, decoder):
+    """At 480 x 480 with 21 tokens, in G: the decoder's width was chosen by them (paper: 431 in all)."""
+    model = published("ENCODER", encoder).eval()
+    maps = [
+        torch.zeros(1, dim, side, side, device="meta")
+        for dim, side in zip(model.encoder.dims, (120, 60, 30, 15), strict=True)
+    ]
+    visual, text = torch.zeros(1, 225, maps[-1].shape[1]), torch.zeros(1, 21, 768)
+    ids = torch.zeros(1, 21, dtype=torch.long)
+    run = model.generator.to_empty(device="cpu")  # autocast knows no meta device
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        expression = run(visual, text, ids, ids == 0)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(generator, rel=0.01)
+    tokens, keep = expression.tokens.to("meta"), expression.keep.to("meta")
+    with FlopCounterMode(display=False) as counter:
+        model.decoder(maps, tokens, keep)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(decoder, rel=0.01)
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: " ".join(map(str, changes)))
@@ -191,6 +214,8 @@ def test_explanation(vipa_cfg, make_inputs):
     assert explanation.pixels.shape == (3, 2, 3, 16) and explanation.tokens.shape == (3, length, 16)
     language = build(vipa_cfg, "KEY_VALUES", "language").eval().explanations([inputs])[0]
     assert set(language.maps) == {f"decoder {i}" for i in (4, 3, 2, 1)}
+    coarse = build(vipa_cfg, "DECODER.ATTENTION_STAGES", (2, 4)).eval().explanations([inputs])[0]
+    assert coarse.pixels.shape == (3, 2, 3, 16)  # the first to run, not the first in the list
     all_tokens = build(vipa_cfg, "GENERATOR.RETRIEVE", False).eval().explanations([inputs])[0]
     assert set(all_tokens.maps) == {"relevance"} and all_tokens.tokens.shape == (3, 6, 16)
 
