@@ -107,6 +107,11 @@ class RISAM(ReferringSegmenter):
             raise ValueError(
                 "MODEL.RISAM.FUSION none with DEC.ELG False: the sentence reaches nothing"
             )
+        if risam.FUSION == "conv" and not risam.MASK_PAD:
+            raise ValueError(
+                "MODEL.RISAM.FUSION conv with MASK_PAD False: it tells the end token, which stands for "
+                "the sentence, by the padding behind it"
+            )
         return {
             **super().from_config(cfg),
             "sentence_dim": risam.DIM,

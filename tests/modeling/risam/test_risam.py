@@ -269,6 +269,7 @@ def test_it_learns_one_image(risam_cfg, make_square, fit_one_image):
         (["RISAM.FE.TYPE", "fpn"], "FE.TYPE is 'fpn'"),
         (["RISAM.FE.TYPE", "identity", "RISAM.DIM", 32], "DIM = 32 channels; .* has 16"),
         (["RISAM.FUSION", "none", "RISAM.DEC.ELG", False], "the sentence reaches nothing"),
+        (["RISAM.FUSION", "conv", "RISAM.MASK_PAD", False], "end token"),
         (["RISAM.DEC.TYPE", "mask2former"], "DEC.TYPE is 'mask2former'"),
         (["RISAM.DEC.TYPE", "sam", "RIS.NO_TARGET", "head"], "needs RISAM's query token"),
         (["RISAM.DEC.NORM", "BN"], "DEC.NORM is 'BN', not none or LN"),
