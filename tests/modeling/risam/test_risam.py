@@ -2,7 +2,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from ris_d2 import get_ris_cfg
+from ris_d2 import get_ris_cfg, load_config
 from ris_d2.modeling.risam import RISAM
 
 # Every row of the paper's ablations that changes the network, and every reading that is a key.
@@ -67,6 +67,22 @@ def test_parameters_of_the_default():
 def test_parameters_of_variants(changes, parameters):
     changes = [f"MODEL.{x}" if i % 2 == 0 else x for i, x in enumerate(changes)]
     assert count(published(*changes), trainable=True) == parameters
+
+
+@pytest.mark.parametrize(
+    "leaf, parameters",
+    [
+        ("risam_sam_vit_l", 5_697_920),
+        ("risam_sam_vit_b", 5_501_312),
+        ("risam_vit_b", 5_501_312),
+        ("risam_swin_b", 5_370_240),
+    ],
+)
+def test_parameters_of_other_backbones(leaf, parameters):
+    """Table 7, and SAM's smaller encoders: frozen, so that Feature Enhancement alone is another."""
+    with torch.device("meta"):
+        model = RISAM(load_config(f"configs/{leaf}.yaml", ["MODEL.DEVICE", "cpu"]))
+    assert count(model, trainable=True) == parameters
 
 
 @pytest.mark.parametrize(
