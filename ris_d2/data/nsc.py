@@ -61,7 +61,7 @@ class NonReferentConversion:
     A candidate is drawn from the pool and accepted if
 
     1. it belongs to another image (rule "paper"),
-    2. it has more than ``min_words`` words (rule "paper"),
+    2. it has more than ``min_words`` words (rule "released": any),
     3. its similarity to the sentence that it replaces is below ``max_similarity``, and
     4. no sentence with a target in this image consists of the same words (ours, always: such a
        candidate would be true, and the sample false).
@@ -82,7 +82,7 @@ class NonReferentConversion:
         """
         Args:
             rate: R_c, probability of trying to convert a sentence with a target.
-            min_words: N_w.
+            min_words: N_w of rule "paper"; rule "released" has 0.
             max_similarity: T_s, see :func:`similarity`.
             rules: "paper" or "released".
 
@@ -139,11 +139,12 @@ class NonReferentConversion:
     ) -> dict:
         true = {_bag_of_words(text) for text in pool.true_sentences(image)}
         own = self._parts(expression["text"])
+        min_words = self.min_words if self.rules == "paper" else 0
         for _ in range(_ATTEMPTS):
             candidate_image, text = pool.draw(rng)
-            if self.rules == "paper" and (
-                candidate_image == image or len(clean_text(text).split()) <= self.min_words
-            ):
+            if self.rules == "paper" and candidate_image == image:
+                continue
+            if len(clean_text(text).split()) <= min_words:
                 continue
             if _bag_of_words(text) in true:
                 continue

@@ -166,6 +166,14 @@ def test_released_rules_take_short_sentences_and_compare_characters():
     assert texts(convert(records)) == ["stale no dare dog"]
 
 
+@pytest.mark.parametrize("rules", ["paper", "released"])
+def test_a_candidate_has_words(rules):
+    """Cleaning leaves nothing of punctuation alone, which a tokenizer would refuse."""
+    records = [record("a", "red car on left"), record("b", "?!")]
+    converted = convert(records, rules=rules, min_words=0)
+    assert texts(converted) == ["red car on left"]
+
+
 def test_images_are_drawn_uniformly_and_then_their_sentences():
     many = record("b", *(f"no sentence number {n} of many" for n in range(9)))
     records = [record("a", "red car on left"), many, record("c", "no lonely little sentence")]
