@@ -44,6 +44,8 @@ def test_leaf_says_where_it_comes_from_and_is_short(leaf):
     lines = (CONFIGS / leaf).read_text().splitlines()
     assert lines[0].startswith("# ") and len(lines) <= 40
     assert not any(len(line) > 110 for line in lines)
+    # Without a base, a leaf would silently build the defaults.
+    assert sum(line.startswith("_BASE_: ") for line in lines) == 1
 
 
 ARITHMETIC = re.compile(
