@@ -176,7 +176,7 @@ def _add_test_keys(cfg: CN) -> None:
     cfg.TEST.SAMPLE = "corner"
     cfg.TEST.MAX_EXPRESSIONS = 32  # expressions segmented at once in evaluation (bounds memory)
     cfg.TEST.NO_TARGET_MIN_AREA = 50  # pixels at output size, for MODEL.RIS.NO_TARGET "area"
-    cfg.TEST.BEST_METRIC = "gIoU"  # keeps model_best.pth; mean over DATASETS.TEST
+    cfg.TEST.BEST_METRIC = "gIoU"  # keeps model_best.pth; mean over the "val" sets of DATASETS.TEST
     # Methods that predict instances return all of them: the report then tells masks that were not
     # there from masks that were not chosen (oracle_mIoU).
     cfg.TEST.INSTANCES = False

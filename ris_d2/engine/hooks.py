@@ -38,7 +38,8 @@ class StepSeed(HookBase):
 class BestCheckpoint(HookBase):
     """Keep the weights of the best evaluation in ``model_best.pth``, on resume too.
 
-    Runs after EvalHook. The score is the mean of ``metric`` over the test sets that define it.
+    Runs after EvalHook. The score is the mean of ``metric`` over the validation sets ("val" in their
+    name) that define it; over all test sets only if none of them is a validation set.
     ``model_best.json`` beside the weights, {"metric", "value", "iteration": optimizer steps done},
     is written after them and read when a resumed training starts.
 
@@ -86,14 +87,17 @@ class BestCheckpoint(HookBase):
         logger.info("Best %s: %.2f after %d iterations", self._metric, value, steps_done)
 
     def _fresh_score(self) -> float | None:
-        """The mean over the test sets evaluated at this iteration; None if there is none."""
+        """The mean over the sets evaluated at this iteration; None if there is none."""
         storage = self.trainer.storage
         # Results are named <test set>/<task>/<metric> or <task>/<metric>; nothing else has a slash.
         fresh = [
-            (name.split("/")[-1], value)
+            (name, value)
             for name, (value, iteration) in storage.latest().items()
             if "/" in name and iteration == storage.iter
         ]
+        # The best of many evaluations on a test split would be chosen by that split.
+        validation = [(name, value) for name, value in fresh if "val" in name.split("/")[0]]
+        fresh = [(name.split("/")[-1], value) for name, value in validation or fresh]
         values = [value for metric, value in fresh if metric == self._metric]
         if fresh and not values:
             logger.warning(

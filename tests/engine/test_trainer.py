@@ -209,6 +209,20 @@ def test_best_checkpoint_survives_resume(tmp_path):
     assert best(tmp_path) == {"metric": "gIoU", "value": 2.0, "iteration": 1}
 
 
+class ScoredOnSplits(Scored):
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        names = ("ris_refcoco_unc_val", "ris_refcocog_umd_val", "ris_refcoco_unc_testA")
+        scores = zip(names, cls.scores.pop(0), strict=True)
+        return {f"{name}/referring": {"gIoU": score} for name, score in scores}
+
+
+def test_best_checkpoint_is_not_chosen_by_test_splits(tmp_path):
+    ScoredOnSplits.scores = [(10.0, 20.0, 90.0), (20.0, 20.0, 30.0)]
+    train(tmp_path, trainer_class=ScoredOnSplits, SOLVER__MAX_ITER=4, TEST__EVAL_PERIOD=2)
+    assert best(tmp_path) == {"metric": "gIoU", "value": 20.0, "iteration": 4}
+
+
 def test_log_gives_epochs_and_parameter_groups(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "ris_d2"):
         ToyTrainer(toy_cfg(tmp_path, SOLVER__RIS__ACCUMULATION=2))
