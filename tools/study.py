@@ -12,6 +12,7 @@ is written anew after each run.
 A study file has
 
     title, question          what it is called and what it asks, in one sentence
+    note                     optional: what a reader of the numbers must know
     config                   a leaf, relative to the study file (a cell may name another one)
     options                  optional {KEY: value} of all cells
     cells                    {name: {KEY: value, ...}}; the key "config" names the cell's own leaf
@@ -79,6 +80,7 @@ RESERVED = {
 KEYS: dict[str, tuple[type, ...]] = {
     "title": (str,),
     "question": (str,),
+    "note": (str,),
     "config": (str,),
     "options": (dict,),
     "cells": (dict,),
@@ -101,6 +103,7 @@ class Study:
     path: str
     title: str
     question: str
+    note: str | None
     cells: dict[str, tuple[str, list[str]]]
     seeds: list[int]
     datasets: dict[str, str]
@@ -200,6 +203,7 @@ def _check_study(path: str, content: Any) -> Study:
         path=path,
         title=content["title"],
         question=content["question"],
+        note=content.get("note"),
         cells=cells,
         seeds=seeds,
         datasets=content["datasets"],
@@ -492,6 +496,7 @@ def report(study: Study, output: str) -> str:
                 f"{len(all_finished)} of {len(records)} runs finished."
                 + spread * (len(study.seeds) > 1)
                 + " Metrics in percent; s/iteration is the median of the training, evaluation apart.",
+                *([study.note] if study.note else []),
                 *tables,
                 *(["## Unfinished", _list(unfinished)] if unfinished else []),
                 "## How it was made",

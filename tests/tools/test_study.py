@@ -13,6 +13,7 @@ STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 STUDY = """
 title: Two widths
 question: Does the width matter?
+note: Too small to tell.
 config: quick.yaml
 options: {SOLVER.BASE_LR: 0.01}
 iterations: 4
@@ -224,6 +225,7 @@ def test_the_page(study, files, tmp_path):
     runs[3].clear()
     runs[3].write({"state": "failed", "seconds": 1.0, "error": f"OSError: no {tmp_path}/a/b.pth"})
     text = study.report(loaded, str(tmp_path / "out"))
+    assert "\n\nToo small to tell.\n\n" in text
     rows = {
         cells[1]: cells[2:-1]
         for line in text.splitlines()
