@@ -269,7 +269,9 @@ class ReferringSegmenter(nn.Module):
         """
         for part, mode in self.freeze.items():
             if mode not in ("eval", "train"):
-                raise ValueError(f"MODEL.RIS.FREEZE.{part} is {mode!r}, not eval or train (or none)")
+                raise ValueError(
+                    f"MODEL.RIS.FREEZE.{part} is {mode!r}, not eval or train (or none)"
+                )
             try:
                 self.get_submodule(part).requires_grad_(False)
             except AttributeError:
