@@ -292,14 +292,12 @@ def _add_risam_keys(cfg: CN) -> None:
     cfg.MODEL.RISAM.DEC = CN()
     cfg.MODEL.RISAM.DEC.TYPE = "mutual"
     cfg.MODEL.RISAM.DEC.NUM_BLOCKS = 2  # ours: with it the head has 6M parameters
-    cfg.MODEL.RISAM.DEC.NUM_HEADS = (
-        8  # ours; of all attention in the head but Eq. 3's, which has one
-    )
+    # ours; of all attention in the head but Eq. 3's, which has one
+    cfg.MODEL.RISAM.DEC.NUM_HEADS = 8
     cfg.MODEL.RISAM.DEC.OUT_PROJ = True  # a fourth linear layer per attention (ours)
     cfg.MODEL.RISAM.DEC.NORM = "none"  # after residual sums: none (Eq. 6, 8, 9) | LN
-    cfg.MODEL.RISAM.DEC.FFN_DIM = (
-        0  # hidden width of an MLP per block and stream; 0: none (Eq. 6-9)
-    )
+    # hidden width of an MLP per block and stream; 0: none (Eq. 6-9)
+    cfg.MODEL.RISAM.DEC.FFN_DIM = 0
     cfg.MODEL.RISAM.DEC.DROPOUT = 0.0
     cfg.MODEL.RISAM.DEC.TOI_A = False  # tokens attend the pixels, too (Table 5 #9)
     cfg.MODEL.RISAM.DEC.ELG = True  # words enter the decoder; False: the query token alone (#10)
@@ -369,9 +367,8 @@ def _add_deris_keys(cfg: CN) -> None:
     # layer), c_to_p (one cognition layer on the initial queries, then all perception layers),
     # hierarchical (p_to_c with f_v added at each level of the pixel decoder).
     cfg.MODEL.DERIS.QUERY_FLOW = "loopback"
-    cfg.MODEL.DERIS.VISUAL_FEATURES = (
-        True  # f_v in f_m = Conv(Concat(f_h4, f_v)); False: f_h4 alone
-    )
+    # f_v in f_m = Conv(Concat(f_h4, f_v)); False: f_h4 alone
+    cfg.MODEL.DERIS.VISUAL_FEATURES = True
     # Whom an instance attends in a cognition layer. queries: the other queries of its expression, told
     # apart by mask priors, as the paper says. released: by swapped axes, the released code lets query
     # n attend query n of the other expressions in the batch, or, of a batch of one, itself; so do
