@@ -2,8 +2,8 @@
 """Show where models look, side by side on the same images, and measure it.
 
     python tools/attention.py --model "Advanced LE" configs/ablations/vipa/t5_advanced_le.yaml le.pth \
-        --model VE configs/vipa_swin_b.yaml ve.pth \
-        --dataset ris_refcocog_umd_val --images 200 --output out [--tsne] [KEY VALUE ...]
+        --model VE configs/vipa_swin_b_refcocop.yaml ve.pth \
+        --dataset ris_refcoco+_unc_val --images 200 --output out [--tsne] [KEY VALUE ...]
     python tools/attention.py --model Shared-RIS configs/shared_ris_beit3_b.yaml model_best.pth \
         --image street.jpg --text "the left man" --output out
 
@@ -99,7 +99,7 @@ class Observer:
             real = text_mask[row]
             part = explanation.apply(lambda x, row=row: x[row])
             maps = {
-                name: self._placed(values if values.ndim == 2 else _of_real(values, real), inputs)
+                name: self._placed(values if values.ndim == 2 else values[real], inputs)
                 for name, values in part.maps.items()
             }
             looked.append(
@@ -110,7 +110,7 @@ class Observer:
                         inputs["input_ids"][row, : len(real)][real].tolist()
                     ),
                     entropy={name: value.item() for name, value in part.entropy.items()},
-                    **self._embedded(part, real, sample.targets[row], inputs),
+                    **self._embedded(part, sample.targets[row], inputs),
                 )
             )
         return looked
@@ -125,13 +125,13 @@ class Observer:
         return flat.reshape(*maps.shape[:-2], *size)
 
     def _embedded(
-        self, part: Explanation, real: Tensor, target: np.ndarray | None, inputs: dict
+        self, part: Explanation, target: np.ndarray | None, inputs: dict
     ) -> dict:
         if part.pixels is None:
             return {"pixels": None, "embeddings": None, "on_target": None}
         return {
             "pixels": part.pixels.flatten(0, 1),
-            "embeddings": _of_real(part.tokens, real),
+            "embeddings": part.tokens[part.attended > 0],
             "on_target": self._on_grid(target, part.pixels.shape[:2], inputs),
         }
 
@@ -150,11 +150,6 @@ class Observer:
             share = F.adaptive_avg_pool2d(canvas, tuple(grid))
             on_target = share == share.max()
         return on_target.flatten().bool().numpy()
-
-
-def _of_real(values: Tensor, real: Tensor) -> Tensor:
-    """Rows of real tokens; rows that are no words (VIPA's visual tokens without retrieval) all stay."""
-    return values[real] if len(values) == len(real) else values
 
 
 def samples(args: argparse.Namespace) -> Iterator[Sample]:

@@ -22,13 +22,16 @@ class Explanation:
         entropy: name -> (E,), mean entropy in nats of an attention's rows (``row_entropy``).
         pixels: (E, h, w, D), the vision tokens that the decoder's first attention takes in; None if
             the method has no such attention.
-        tokens: (E, L, D), the expression's tokens that it takes in as keys; with ``pixels``.
+        tokens: (E, K, D), what it takes in as keys; with ``pixels``.
+        attended: (E, K), 1 where one of the tokens may be attended, 0 where it is masked (padding,
+            excluded cue); with ``pixels``.
     """
 
     maps: dict[str, Tensor]
     entropy: dict[str, Tensor] = field(default_factory=dict)
     pixels: Tensor | None = None
     tokens: Tensor | None = None
+    attended: Tensor | None = None
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> "Explanation":
         """``function`` of every tensor."""

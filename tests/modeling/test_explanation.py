@@ -98,6 +98,7 @@ def test_shared_ris_maps_are_the_sentences_row(fusion, tiny_cfg, make_inputs):
     assert (first.maps["encoder"] > 0).all()
     assert (first.maps["encoder"].flatten(1).sum(1) < 1).all(), "some weight is on [CLS] and text"
     assert first.pixels.shape == (3, 4, 6, 16) and first.tokens.shape == (3, 6, 16)
+    assert torch.equal(first.attended, inputs[0]["text_mask"][:, :6].float())
     assert second.maps["decoder"].shape == (2, 4, 6)
     assert set(first.entropy) == {"decoder 1"}
     # An expression's maps are its own, whatever is segmented beside it.

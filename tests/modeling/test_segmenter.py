@@ -151,6 +151,17 @@ def test_text_is_trimmed_only_where_pads_are_masked(make_inputs):
     assert model.calls[3][2] == (2, 5)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_images_without_a_sentence_are_refused_unless_another_has_one(training, make_inputs):
+    model, empty = Probe().train(training), make_inputs()
+    empty.update({name: empty[name][:0] for name in ("input_ids", "text_mask", "expressions")})
+    with pytest.raises(ValueError, match="no input has an expression"):
+        model([empty, empty])
+    if not training:
+        counts = [len(result["referring"]) for result in model([empty, make_inputs()])]
+        assert counts == [0, 3]
+
+
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_frozen_parts_keep_their_mode(mode):
     model = Probe(freeze={"backbone": mode})

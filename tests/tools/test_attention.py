@@ -1,6 +1,7 @@
 """tools/attention.py: its pictures and measures follow from what the models look at."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 from ris_d2.data import refshapes
 from ris_d2.data.catalog import register_all
 from ris_d2.modeling.explanation import Explanation
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -34,11 +37,10 @@ def test_auc(attention):
 
 
 def test_two_models_side_by_side(attention, tiny_config, shapes, tmp_path, capsys):
-    pytest.importorskip("sklearn")
     output = tmp_path / "out"
     report = attention.main(
         ["--model", "A", tiny_config, "", "--model", "B", tiny_config, ""]
-        + ["--dataset", "ris_refshapes_val", "--images", "3", "--draw", "2", "--tsne"]
+        + ["--dataset", "ris_refshapes_val", "--images", "3", "--draw", "2"]
         + ["--output", str(output)]
     )
     assert json.loads((output / "attention.json").read_text()) == report
@@ -50,10 +52,43 @@ def test_two_models_side_by_side(attention, tiny_config, shapes, tmp_path, capsy
     assert 0 < entropy < np.log(1 + 16 + 20)
     assert len(report["A"]["drawn"]) == 2 and report["A"]["drawn"][0]["tokens"][0] == "<s>"
     names = {path.name for path in output.iterdir()}
-    assert names == {"maps.png", "tsne_0.png", "tsne_1.png", "attention.json"}
+    assert names == {"maps.png", "attention.json"}
     # Text, target, and mask and three maps of each model.
     assert Image.open(output / "maps.png").width == 12 + (1 + 1 + 2 * 4) * (160 + 12)
     assert "decoder 1" in capsys.readouterr().out
+
+
+def test_visual_and_linguistic_expression_side_by_side(attention, shapes, tmp_path):
+    visual = str(REPOSITORY / "configs" / "instant_test" / "vipa.yaml")
+    language = tmp_path / "advanced_le.yaml"
+    language.write_text(f"_BASE_: {visual}\nMODEL: {{VIPA: {{KEY_VALUES: language}}}}\n")
+    output = tmp_path / "out"
+    report = attention.main(
+        ["--model", "VE", visual, "", "--model", "Advanced LE", str(language), ""]
+        + ["--dataset", "ris_refshapes_val", "--images", "3", "--draw", "2"]
+        + ["--output", str(output), "MODEL.DEVICE", "cpu"]
+    )
+    stages = {f"decoder {i}" for i in (4, 3, 2, 1)}
+    assert set(report["Advanced LE"]["auc"]) == stages
+    assert set(report["VE"]["auc"]) == stages | {"relevance", "retrieved"}
+    for figures in report.values():
+        assert set(figures["entropy"]) == stages
+        assert all(0 < value <= np.log(16) for value in figures["entropy"].values())
+        assert set(figures["cosine"]) == {"on target", "off target"}
+    assert report["VE"]["drawn"][0]["tokens"] == report["Advanced LE"]["drawn"][0]["tokens"]
+    names = {path.name for path in output.iterdir()}
+    assert names == {"maps.png", "words_0.png", "words_1.png", "attention.json"}
+
+
+def test_tsne_has_a_picture_per_sentence(attention, tiny_config, shapes, tmp_path):
+    pytest.importorskip("sklearn")
+    attention.main(
+        ["--model", "A", tiny_config, "", "--model", "B", tiny_config, ""]
+        + ["--dataset", "ris_refshapes_val", "--images", "2", "--draw", "2", "--tsne"]
+        + ["--output", str(tmp_path / "out")]
+    )
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"maps.png", "tsne_0.png", "tsne_1.png", "attention.json"}
 
 
 class Looks:
@@ -78,6 +113,7 @@ class Looks:
                 entropy={"decoder": torch.arange(count).float()},
                 pixels=left[..., None] * torch.tensor([1.0, 0.0]),
                 tokens=torch.tensor([[1.0, 0.0]]).expand(count, length, 2),
+                attended=inputs["text_mask"].float(),
             )
         ]
 
@@ -116,11 +152,7 @@ def test_maps_lie_where_the_model_looked(attention, tiny_config, tmp_path, monke
     small[1, 40] = True
     (looked,) = observer.look(attention.Sample(image=image, texts=["all"], targets=[small]))
     assert np.flatnonzero(looked.on_target).tolist() == [6]
-    # Embeddings of words lose the padding; as many as there are visual tokens are not of words.
-    assert len(first.embeddings) == 4
-    words, real = torch.randn(20, 2), torch.arange(20) < 4
-    assert torch.equal(attention._of_real(words, real), words[:4])
-    assert torch.equal(attention._of_real(words[:9], real), words[:9])
+    assert len(first.embeddings) == 4  # without the padding
     attention.draw_words(str(tmp_path / "words.png"), sample, 0, {"looks": first})
     assert Image.open(tmp_path / "words.png").width == 12 + 5 * (120 + 12)
     seen = {}

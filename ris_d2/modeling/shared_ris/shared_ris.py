@@ -126,6 +126,7 @@ class SharedRIS(ReferringSegmenter):
             },
             pixels=vision[:, 1:].unflatten(1, self.encoder.grid),
             tokens=text,
+            attended=text_mask,
         )
 
     def _sentence_row(self, weights: Tensor) -> Tensor:

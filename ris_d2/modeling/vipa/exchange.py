@@ -19,10 +19,18 @@ class VisionReadsLanguage(nn.Module):
     def __init__(self, *, vision_dim: int, text_dim: int, dim: int):
         """
         Args:
-            dim: channels of all heads together; heads have 64.
+            dim: channels of all heads together, of 64 each; below 128 there is one head.
+
+        Raises:
+            ValueError: unless the heads divide ``dim``.
         """
         super().__init__()
         self.num_heads = max(1, dim // HEAD_DIM)
+        if dim % self.num_heads:
+            raise ValueError(
+                f"early fusion cannot share {dim} channels among {self.num_heads} heads: let "
+                f"MODEL.RIS.SWIN.EMBED_DIM be a multiple of {HEAD_DIM // 2}"
+            )
         self.query = nn.Linear(vision_dim, dim, bias=False)
         self.key = nn.Linear(text_dim, dim)
         self.value = nn.Linear(text_dim, dim)

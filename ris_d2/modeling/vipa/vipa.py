@@ -173,7 +173,8 @@ class VIPA(ReferringSegmenter):
         # of sigma(s), and of the two mask losses only dice is finite on a binary map.
         soft = scores.sigmoid()
         binary = (scores > 0).float() + soft - soft.detach()
-        targets = F.interpolate(masks[None], size=scores.shape[-2:], mode="nearest-exact")[0]
+        # The share of each cell that is on target: a target smaller than a cell must not vanish.
+        targets = F.adaptive_avg_pool2d(masks, scores.shape[-2:])
         overlap = (binary * targets).flatten(1).sum(1)
         total = (binary + targets).flatten(1).sum(1)
         return 1 - (2 * overlap + 1) / (total + 1)
@@ -185,7 +186,8 @@ class VIPA(ReferringSegmenter):
 
         Maps of the L tokens:
             "relevance" (E, L, h, w), on the grid of F_4: cosines S_c; not with language as keys.
-            "retrieved" (E, L, h, w): 1 where the visual tokens lie that a token retrieves.
+            "retrieved" (E, L, h, w): 1 where the visual tokens lie that a token retrieves; 0 everywhere
+            for a token that is no cue.
             "decoder i" (E, L, h_i, w_i), i = 4 ... 1 (strides 32 ... 4): the weight that the pixels of
             stage i give to each token's key, mean over heads. Not without retrieval, where keys are no
             tokens of the sentence.
@@ -198,6 +200,8 @@ class VIPA(ReferringSegmenter):
         features, _, keep = recorder.inputs["decoder"][0]
         sizes = [feature.shape[-2:] for feature in features]
         maps = {name: outputs[name] for name in ("relevance", "retrieved") if name in outputs}
+        if "retrieved" in maps:
+            maps["retrieved"] = maps["retrieved"] & keep[..., None, None]
         entropy = {}
         for stage, name in zip(stages, names, strict=True):
             weights = recorder.weights[name][0]
@@ -211,6 +215,7 @@ class VIPA(ReferringSegmenter):
             entropy=entropy,
             pixels=pixels.unflatten(1, sizes[int(stages[0]) - 1]),
             tokens=tokens,
+            attended=tokens.new_ones(tokens.shape[:2]) if keep is None else keep,
         )
 
 

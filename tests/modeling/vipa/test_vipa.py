@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -72,7 +74,7 @@ def test_parameters(changes, parts, total):
 @pytest.mark.parametrize(
     "encoder, generator, decoder", [("early", 0.79, 336.9), ("beit3", 0.66, 348.0)]
 )
-def test_multiply_adds(encoder, generator, decoder):
+def test_multiply_adds_of_generator_and_decoder(encoder, generator, decoder):
     """At 480 x 480 with 21 tokens, in G: the decoder's width was chosen by them (paper: 431 in all)."""
     model = published("ENCODER", encoder).eval()
     maps = [
@@ -89,6 +91,32 @@ def test_multiply_adds(encoder, generator, decoder):
     with FlopCounterMode(display=False) as counter:
         model.decoder(maps, tokens, keep)
     assert counter.get_total_flops() / 2e9 == pytest.approx(decoder, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "encoder, expected",
+    [  # of the spec: CrossVLT's; Swin, BERT and one exchange; Swin and BERT; BEiT-3 and its pyramid
+        ("early", 97.61),
+        ("late", 85.4 + 1.8 + 2.76),
+        ("none", 85.4 + 1.8),
+        ("beit3", 94.7 + 3.2),
+    ],
+)
+def test_multiply_adds_of_encoder(encoder, expected):
+    """In G, as in the test above. Public Swins project the padding of their windows, too: stage 3 fills
+    30 x 30 tokens to 36 x 36, stage 4 15 x 15 to 24 x 24."""
+    model = published("ENCODER", encoder).encoder.to_empty(device="cpu").eval()
+    for indices in model.buffers():
+        indices.zero_()
+    padding = 18 * (36**2 - 30**2) * 4 * 512**2 + 2 * (24**2 - 15**2) * 4 * 1024**2
+    ids = torch.zeros(1, 21, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        features = model.encode_images(torch.zeros(1, 3, 480, 480))
+        model(features, torch.zeros(1, dtype=torch.long), ids, ids == 0)
+    found = counter.get_total_flops() / 2e9
+    if encoder != "beit3":
+        found += padding / 1e9
+    assert found == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: " ".join(map(str, changes)))
@@ -185,12 +213,26 @@ def test_losses_by_hand(vipa_cfg):
     # Rows of the upsampled [CLS] map: 1, .5, -.5, -1; masks: 1, 1, 0, 0 (Eq. 4: -log sigma(s)).
     expected = (0.31326 + 0.47408) / 2
     assert losses["loss_relevance"] == pytest.approx(4 * expected, abs=1e-3)
+    # A temperature of a half: the row's cosines 2, 1, -1, -2.
+    warm = build(vipa_cfg, "LEARN_RELEVANCE_TEMPERATURE", True)
+    with torch.no_grad():
+        warm.log_relevance_temperature.fill_(math.log(0.5))
+    expected = (0.12693 + 0.31326) / 2
+    assert warm.mask_losses(outputs, masks)["loss_relevance"].item() == pytest.approx(
+        expected, abs=1e-3
+    )
     model = build(vipa_cfg, "RELEVANCE_LOSS", "threshold")
     assert model.mask_losses(outputs, masks)["loss_relevance"].item() == pytest.approx(
         0.0, abs=1e-6
     )
     outputs["relevance"] = -cosine
     assert model.mask_losses(outputs, masks)["loss_relevance"].item() == pytest.approx(1 - 1 / 5)
+    # A target of a quarter of one cell, and a map that is on there alone.
+    outputs["relevance"] = torch.tensor([[[[1.0, -1.0], [-1.0, -1.0]]]])
+    masks = torch.zeros(1, 4, 4, dtype=torch.bool)
+    masks[0, 1, 1] = True
+    found = model.mask_losses(outputs, masks)["loss_relevance"].item()
+    assert found == pytest.approx(1 - (2 * 0.25 + 1) / (1.25 + 1))
 
 
 def test_explanation(vipa_cfg, make_inputs):
@@ -206,7 +248,8 @@ def test_explanation(vipa_cfg, make_inputs):
         "decoder 2": (3, length, 8, 12),
         "decoder 1": (3, length, 16, 24),
     }
-    assert (explanation.maps["retrieved"].flatten(2).sum(2) == 1).all()  # floor(0.3 * 6)
+    retrieved = explanation.maps["retrieved"].flatten(2).sum(2)
+    assert torch.equal(retrieved, inputs["text_mask"][:, :length].float())  # floor(0.3 * 6) each
     attended = explanation.maps["decoder 1"].sum(1)
     assert torch.allclose(attended, torch.ones_like(attended), atol=1e-5)
     assert not explanation.maps["decoder 1"][1, 4:].any()  # padding
@@ -218,6 +261,11 @@ def test_explanation(vipa_cfg, make_inputs):
     assert coarse.pixels.shape == (3, 2, 3, 16)  # the first to run, not the first in the list
     all_tokens = build(vipa_cfg, "GENERATOR.RETRIEVE", False).eval().explanations([inputs])[0]
     assert set(all_tokens.maps) == {"relevance"} and all_tokens.tokens.shape == (3, 6, 16)
+    assert all_tokens.attended.all(), "visual tokens, as many as words"
+    assert explanation.attended.sum(1).tolist() == [6, 4, 5]
+    of_cls = build(vipa_cfg, "GENERATOR.CUES", "global").eval().explanations([inputs])[0]
+    assert of_cls.attended.tolist() == [[1, 0, 0, 0, 0, 0]] * 3
+    assert of_cls.maps["retrieved"].flatten(2).any(2).sum(1).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -243,6 +291,12 @@ def test_early_fusion_needs_layers_to_distribute(from_bert, vipa_cfg):
     vipa_cfg.MODEL.RIS.TEXT.BERT.DEPTH = 6
     with pytest.raises(ValueError, match="more than 6 BERT layers"):
         build(vipa_cfg, "INIT_STAGES_FROM_BERT", from_bert)
+
+
+def test_heads_that_do_not_divide_the_channels_are_refused(vipa_cfg):
+    vipa_cfg.MODEL.RIS.SWIN.merge_from_list(["EMBED_DIM", 100, "NUM_HEADS", (1, 2, 4, 8)])
+    with pytest.raises(ValueError, match="EMBED_DIM"):
+        build(vipa_cfg)
 
 
 def test_bfloat16_trains_and_stays_near_fp32(vipa_cfg, make_inputs):
