@@ -124,9 +124,7 @@ class Observer:
         flat = F.interpolate(flat[..., y0:y1, x0:x1], size=size, mode="bilinear")
         return flat.reshape(*maps.shape[:-2], *size)
 
-    def _embedded(
-        self, part: Explanation, target: np.ndarray | None, inputs: dict
-    ) -> dict:
+    def _embedded(self, part: Explanation, target: np.ndarray | None, inputs: dict) -> dict:
         if part.pixels is None:
             return {"pixels": None, "embeddings": None, "on_target": None}
         return {

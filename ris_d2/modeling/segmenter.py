@@ -380,7 +380,9 @@ class ReferringSegmenter(nn.Module):
     def _collate_text(self, batched_inputs: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
         counts = torch.tensor([len(x["input_ids"]) for x in batched_inputs])
         if not counts.any():
-            raise ValueError("no input has an expression: give at least one of the batch a sentence")
+            raise ValueError(
+                "no input has an expression: give at least one of the batch a sentence"
+            )
         image_index = torch.arange(len(counts)).repeat_interleave(counts)
         input_ids = torch.cat([x["input_ids"] for x in batched_inputs])
         text_mask = torch.cat([x["text_mask"] for x in batched_inputs])
