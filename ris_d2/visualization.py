@@ -68,7 +68,8 @@ def attention_map(image: np.ndarray, weights: np.ndarray, *, alpha: float = 0.75
     Args:
         image: RGB uint8 (H,W,3).
         weights: float (h,w) of any size; shown between its own minimum and maximum, so that two maps
-            are comparable in shape and not in strength. A constant map shows no heat.
+            are comparable in shape and not in strength. A map that is constant but for rounding shows
+            no heat.
         alpha: opacity at the largest weight.
 
     Returns:
@@ -85,7 +86,8 @@ def attention_map(image: np.ndarray, weights: np.ndarray, *, alpha: float = 0.75
         raise ValueError("weights hold nan or infinite values")
     height, width = image.shape[:2]
     span = float(weights.max() - weights.min())
-    heat = (weights - weights.min()) / span if span > 0 else np.zeros_like(weights)
+    constant = span <= 1e-5 * float(np.abs(weights).max())
+    heat = np.zeros_like(weights) if constant else (weights - weights.min()) / span
     heat = np.clip(cv2.resize(heat, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)
     colors = cv2.applyColorMap(np.rint(heat * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)[
         ..., ::-1

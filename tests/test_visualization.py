@@ -78,6 +78,9 @@ def test_attention_map_is_hot_where_the_weight_is(image):
     assert abs(peak[0] - 15) <= 6 and abs(peak[1] - 65) <= 6
     assert distance[50, 10] == 0
     assert (attention_map(image, np.ones((6, 8))) == image).all(), "a constant map has no heat"
+    rounded = np.float32(1 / 7) + np.random.default_rng(0).integers(0, 9, (6, 8)) * np.float32(2e-8)
+    assert (attention_map(image, rounded) == image).all()
+    assert (attention_map(image, np.linspace(0.9999, 1, 48).reshape(6, 8)) != image).any()
 
 
 def test_attention_map_refuses_nan_and_wrong_shapes(image):
