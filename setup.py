@@ -11,9 +11,11 @@ setup(
     name="ris_d2",
     version="0.1.0",
     description="Referring image segmentation for detectron2",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["ris_d2", "ris_d2.*"]),
-    package_data={"ris_d2.data": ["*.json"]},
+    package_data={"ris_d2": ["py.typed"], "ris_d2.data": ["*.json"]},
     install_requires=[
         "torch>=2.5",
         "numpy",

@@ -3,12 +3,16 @@
 import ast
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
 import setuptools
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTIONS = {"PIL": "Pillow", "yaml": "PyYAML", "sklearn": "scikit-learn"}
@@ -85,3 +89,35 @@ def test_files_that_are_no_modules_are_packaged(declared):
         for path in ROOT.joinpath(*package.split(".")).glob(pattern)
     }
     assert others == packaged
+
+
+def test_a_wheel_carries_license_types_and_data(tmp_path):
+    """Built from a copy: building in place leaves folders behind."""
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "ris_d2", tmp_path / "ris_d2")
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+        (license_file,) = [name for name in names if name.endswith("/LICENSE")]
+        fields = message_from_bytes(archive.read(metadata))
+        assert archive.read(license_file) == (ROOT / "LICENSE").read_bytes()
+    assert "Apache-2.0" in (fields["License"], fields["License-Expression"])
+    assert "ris_d2/py.typed" in names
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ris_d2").rglob("*.json")}
+    assert files and files <= set(names)
+
+
+def test_citation_names_this_version_and_the_five_papers(declared):
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
+    assert citation["version"] == declared["version"]
+    assert citation["license"] == declared["license"]
+    papers = citation["references"]
+    texts = [f"{paper['title']} {paper.get('notes', '')}" for paper in papers]
+    for method in ("DeRIS", "RISAM", "VIPA", "ASDA", "Shared-RIS"):
+        assert sum(method in text for text in texts) == 1
+    assert all(paper["authors"] and paper["year"] for paper in papers)

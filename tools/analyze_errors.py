@@ -77,9 +77,9 @@ def _sentence(whole: dict) -> str:
         f"cognition {whole['cognition']:.2f} ({whole['cognition_share']:.1f} %: the wrong queries "
         "were chosen)."
     )
-    if whole["failed"]:
+    if whole["failed"] > 0:  # nan where no expression has a target
         text += (
-            f" {whole['failed']:.1f} % of the expressions stay below 0.5; for "
+            f" {whole['failed']:.1f} % of the expressions with a target stay below IoU 0.5; for "
             f"{whole['failed_with_mask']:.1f} % of those the queries have a mask above."
         )
     return text

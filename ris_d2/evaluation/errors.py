@@ -61,8 +61,9 @@ def attribute_loss(rows: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
         percentage points of the group's mean: gIoU, oracle (gIoU of the oracle's choice), lost =
         perception + cognition, and of the latter wrong_choice, denied (a target is called absent)
         and invented (an absent one is not); perception_share and cognition_share, percent of lost
-        (nan if nothing is); failed, percent with gIoU < 0.5, and failed_with_mask, percent of those
-        for which the oracle reaches 0.5.
+        (nan if nothing is); failed, percent of the expressions with a target that have IoU < 0.5,
+        and failed_with_mask, percent of those for which the oracle reaches 0.5 (nan if there are
+        none).
     """
     known = ~np.isnan(rows["oracle_IoU"])
     targets = rows["num_targets"]
@@ -84,8 +85,9 @@ def _attribute(rows: dict[str, np.ndarray]) -> dict[str, float]:
     absent = rows["num_targets"] == 0
     cognition = np.maximum(rows["oracle_IoU"] - rows["gIoU"], 0)
     denied = ~absent & rows["no_target"]
-    failed = rows["gIoU"] < 0.5
-    with_mask = rows["oracle_IoU"][failed] >= 0.5
+    # Without a target the oracle is always right, by choosing nothing: such rows say nothing here.
+    failed = rows["gIoU"][~absent] < 0.5
+    with_mask = rows["oracle_IoU"][~absent][failed] >= 0.5
 
     def points(values: np.ndarray) -> float:
         return 100 * math.fsum(values) / len(lost)
@@ -105,7 +107,7 @@ def _attribute(rows: dict[str, np.ndarray]) -> dict[str, float]:
         "invented": points(np.where(absent, cognition, 0)),
         "perception_share": share(lost - cognition),
         "cognition_share": share(cognition),
-        "failed": 100 * float(failed.mean()),
+        "failed": 100 * float(failed.mean()) if len(failed) else math.nan,
         "failed_with_mask": 100 * float(with_mask.mean()) if failed.any() else math.nan,
     }
 

@@ -49,8 +49,9 @@ def test_loss_is_split_by_what_the_queries_could_do(write):
         assert whole[name] == pytest.approx(100 * value / 7), name
     assert whole["perception_share"] == pytest.approx(42.5)
     assert whole["cognition_share"] == pytest.approx(57.5)
-    assert whole["failed"] == pytest.approx(100 * 4 / 7)  # 0.2, 0.3, denied, invented
-    assert whole["failed_with_mask"] == pytest.approx(75)
+    assert whole["failed"] == pytest.approx(100 * 3 / 5)  # 0.2, 0.3, denied; of those with a target
+    assert whole["failed_with_mask"] == pytest.approx(100 * 2 / 3)
+    assert math.isnan(groups["no target"]["failed"])
     assert groups["no target"]["cognition_share"] == 100
     assert groups["2+ targets"]["cognition"] == 0
     assert groups["1 target"]["lost"] == pytest.approx(100 * 2.6 / 4)

@@ -70,7 +70,7 @@ def test_tables_files_and_figure(analyze_errors, evaluated, tmp_path, capsys):
     assert "| all | 4 | 25.00 | 75.00 | 75.00 | 25.00 | 50.00 |" in output
     assert "perception loses 25.00 (33.3 %: no query has the mask)" in output
     assert "cognition 50.00 (66.7 %: the wrong queries were chosen)" in output
-    assert "75.0 % of the expressions stay below 0.5; for 66.7 % of those" in output
+    assert "66.7 % of the expressions with a target stay below IoU 0.5; for 50.0 %" in output
     assert "| 20-30 % | 3 | 33.33 | 33.33 | 66.67 |" in output
     assert "No result carries instances" in output
     figures = json.loads(written.read_text())
