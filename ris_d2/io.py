@@ -1,8 +1,10 @@
 """Files in and out: the dataset root, JSON and pickles with clear errors, atomic writing."""
 
 import contextlib
+import errno
 import io
 import json
+import math
 import os
 import pickle
 import uuid
@@ -12,12 +14,74 @@ from typing import IO, Any
 
 import numpy as np
 
-__all__ = ["atomic_write", "dataset_root", "load_json", "load_pickle"]
+__all__ = [
+    "UnreadableFile",
+    "atomic_write",
+    "dataset_root",
+    "load_json",
+    "load_pickle",
+    "numpy_globals",
+    "reading",
+]
+
+# How much of a library's message is repeated: some quote the whole of what they could not read.
+_QUOTED = 200
+
+
+class UnreadableFile(ValueError):
+    """The content of a file cannot be used; the message names the file."""
 
 
 def dataset_root() -> str:
     """Return $DETECTRON2_DATASETS, or "datasets" where unset; read at each call, ~ expanded."""
     return os.path.expanduser(os.environ.get("DETECTRON2_DATASETS") or "datasets")
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike, entry: str = "") -> Iterator[None]:
+    """The boundary around everything that interprets the content of a file.
+
+    Parsers, image libraries and our own code meet damaged or hostile content with nearly any
+    exception (RecursionError, OverflowError, KeyError, cv2.error, BadZipFile, MemoryError, ...);
+    outside of this block it is a ValueError that names the file. What already names the file, and
+    what the operating system says of the file itself (missing, no permission, disk full), passes.
+
+    Args:
+        path: the file.
+        entry: where in the file, e.g. "annotation 7"; "" where the block reads all of it.
+
+    Raises:
+        UnreadableFile: anything else was raised inside.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _says_enough(error, os.fspath(path)):
+            raise
+        where = f"{path}: {entry}" if entry else f"{path}"
+        raise UnreadableFile(f"{where}: {_reason(error)}") from error
+
+
+def _says_enough(error: Exception, path: str) -> bool:
+    if isinstance(error, UnreadableFile | FileNotFoundError):
+        return True
+    if isinstance(error, OSError):
+        # Without a number it is a library's word on the content (PIL); EINVAL is a seek to an
+        # impossible place, which damaged content asks for.
+        return error.errno not in (None, errno.EINVAL)
+    return isinstance(error, ValueError) and path in str(error)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "its content is nested too deeply, or contains itself"
+    if isinstance(error, MemoryError):
+        return "its content asks for more memory than there is"
+    text = " ".join(str(error).split())
+    text = text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
+    if isinstance(error, ValueError) and text:
+        return text
+    return f"not readable, truncated or damaged ({type(error).__name__}: {text})"
 
 
 def load_json(path: str | os.PathLike) -> Any:
@@ -27,27 +91,28 @@ def load_json(path: str | os.PathLike) -> Any:
         FileNotFoundError: no such file.
         ValueError: truncated or malformed; names the file and the position.
     """
-    with _open_for_reading(path) as file:
-        data = file.read()
-    try:
-        return json.loads(data.decode("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: not valid JSON at line {error.lineno}, column {error.colno} "
-            f"({error.msg}; {len(data)} bytes in all); the file is truncated or damaged, "
-            "get it again"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 text at byte {error.start}; not a JSON file"
-        ) from error
+    with reading(path):
+        with _open_for_reading(path) as file:
+            data = file.read()
+        try:
+            return json.loads(data.decode("utf-8"))
+        except json.JSONDecodeError as error:
+            raise UnreadableFile(
+                f"{path}: not valid JSON at line {error.lineno}, column {error.colno} "
+                f"({error.msg}; {len(data)} bytes in all); the file is truncated or damaged, "
+                "get it again"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise UnreadableFile(
+                f"{path}: not UTF-8 text at byte {error.start}; not a JSON file"
+            ) from error
 
 
 def load_pickle(path: str | os.PathLike) -> Any:
     """Read a pickle of plain data, written by Python 2 or 3, without running anything it names.
 
-    Allowed are plain containers, str, bytes, numbers, None, and numpy arrays and scalars (under the
-    module names of numpy 1 and 2). Python 2's str is decoded as latin-1, which also restores the
+    Allowed are plain containers, str, bytes, numbers, None, and numpy's numbers and arrays of
+    numbers (see ``numpy_globals``). Python 2's str is decoded as latin-1, which also restores the
     bytes of its numpy arrays.
 
     Raises:
@@ -55,19 +120,23 @@ def load_pickle(path: str | os.PathLike) -> Any:
         ValueError: the pickle names another class or function (named in the message), or is
             truncated or damaged.
     """
-    with _open_for_reading(path) as file:
-        data = file.read()
-    try:
-        return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
-    except _ForbiddenGlobal as error:
-        raise ValueError(
-            f"{path}: the pickle asks for {error}, which is not plain data; nothing of it was run"
-        ) from error
-    except Exception as error:  # damaged bytes can make the unpickler raise nearly anything
-        raise ValueError(
-            f"{path}: not a readable pickle ({type(error).__name__}: {error}); "
-            "the file is truncated or damaged, get it again"
-        ) from error
+    with reading(path):
+        with _open_for_reading(path) as file:
+            data = file.read()
+        try:
+            return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
+        except _ForbiddenGlobal as error:
+            raise UnreadableFile(
+                f"{path}: the pickle asks for {error}, which is not plain data; nothing of it was "
+                "run"
+            ) from error
+        except (MemoryError, RecursionError):
+            raise
+        except Exception as error:  # damaged bytes can make the unpickler raise nearly anything
+            raise UnreadableFile(
+                f"{path}: not a readable pickle ({type(error).__name__}: "
+                f"{str(error)[:_QUOTED]}); the file is truncated or damaged, get it again"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -114,6 +183,10 @@ def _open_for_reading(path: str | os.PathLike) -> IO[bytes]:
         raise FileNotFoundError(f"{os.path.abspath(path)}: no such file") from error
 
 
+class _ForbiddenGlobal(pickle.UnpicklingError):
+    pass
+
+
 def _encode_latin1(text: str, encoding: str) -> bytes:
     # Python 3 writes bytes at protocol <= 2 as a call of _codecs.encode(text, "latin1").
     if encoding not in ("latin1", "latin-1"):
@@ -121,43 +194,117 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _numpy_globals() -> dict[tuple[str, str], Any]:
-    allowed: dict[tuple[str, str], Any] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-    # What numpy itself names when it pickles: the callables are found by pickling, because the
-    # modules moved from numpy.core to numpy._core between numpy 1 and 2.
-    makers = {
-        ("multiarray", "scalar"): np.float64(0).__reduce__()[0],
-        ("multiarray", "_reconstruct"): np.zeros(1).__reduce__()[0],
-        ("numeric", "_frombuffer"): np.zeros(1).__reduce_ex__(5)[0],
-    }
-    for (module, name), maker in makers.items():
-        allowed[f"numpy.core.{module}", name] = maker
-        allowed[f"numpy._core.{module}", name] = maker
-    return allowed
+def _bytes(data: bytes | str = b"", encoding: str = "latin1") -> bytes:
+    # Called by its own name, bytes(10**12) would be a terabyte.
+    if isinstance(data, str):
+        return _encode_latin1(data, encoding)
+    if not isinstance(data, bytes | bytearray):
+        raise _ForbiddenGlobal(f"bytes of a {type(data).__name__}")
+    return bytes(data)
 
 
-_ALLOWED_GLOBALS: dict[tuple[str, str], Any] = {
+def _bytearray(data: bytes | str = b"", encoding: str = "latin1") -> bytearray:
+    return bytearray(_bytes(data, encoding))
+
+
+class _NumberType:
+    """Stands for a pickled numpy.dtype: a kind of number by its name, and a byte order.
+
+    numpy's own dtype takes its layout (fields, item size, whether items are pointers) from the
+    pickle, and then reads memory by it.
+    """
+
+    __slots__ = ("dtype",)
+
+    _CODES = frozenset("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 c8 c16".split())
+
+    def __init__(self, code: str, align: bool = False, copy: bool = True) -> None:
+        if code not in self._CODES:
+            raise _ForbiddenGlobal(f"numpy's dtype {code!r}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        _, order, *layout = state
+        if order not in ("<", ">", "|", "=") or layout != [None, None, None, -1, -1, 0]:
+            raise _ForbiddenGlobal(f"numpy's dtype {self.dtype} with a layout of its own")
+        self.dtype = self.dtype.newbyteorder(order)
+
+
+class _Array(np.ndarray):
+    """An array that starts empty and is filled from as many bytes as its shape needs."""
+
+    __slots__ = ()
+
+    def __new__(cls) -> "_Array":
+        # No shape: memory that the pickle does not fill would hold anything.
+        return super().__new__(cls, 0)
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, number_type, is_fortran, data = state
+        dtype, data = number_type.dtype, _bytes(data)
+        if not all(type(side) is int and side >= 0 for side in shape):
+            raise ValueError(f"an array of shape {shape}")
+        if math.prod(shape) * dtype.itemsize != len(data):
+            raise ValueError(f"{len(data)} bytes for an array {shape} of {dtype}")
+        super().__setstate__((1, shape, dtype, bool(is_fortran), data))
+
+
+def _reconstruct(kind: type, shape: tuple, code: bytes) -> _Array:
+    return _Array()  # as numpy's: the content comes by __setstate__
+
+
+def _from_buffer(data: bytes, number_type: _NumberType, shape: tuple, order: str) -> _Array:
+    array = _Array()
+    array.__setstate__((1, shape, number_type, order == "F", data))
+    return array
+
+
+def _scalar(number_type: _NumberType, data: bytes | str) -> np.generic:
+    return _from_buffer(data, number_type, (1,), "C")[0]
+
+
+def numpy_globals() -> dict[str, Any]:
+    """Names that numpy's pickles use -> what takes their place when a file is read.
+
+    Only numbers and arrays of numbers come of it: no objects, no text, no records, no memory that
+    the file did not fill. numpy 1 says numpy.core where numpy 2 says numpy._core.
+    """
+    return {
+        "numpy.ndarray": _Array,
+        "numpy.dtype": _NumberType,
+        **{
+            f"numpy.{core}.{name}": maker
+            for core in ("core", "_core")
+            for name, maker in (
+                ("multiarray.scalar", _scalar),
+                ("multiarray._reconstruct", _reconstruct),
+                ("numeric._frombuffer", _from_buffer),
+            )
+        },
+    }
+
+
+_ALLOWED_GLOBALS: dict[str, Any] = {
     **{
-        (module, kind.__name__): kind
+        f"{module}.{name}": kind
         for module in ("builtins", "__builtin__")
-        for kind in (set, frozenset, bytearray, complex)
+        for name, kind in (
+            ("set", set),
+            ("frozenset", frozenset),
+            ("complex", complex),
+            ("bytes", _bytes),
+            ("bytearray", _bytearray),
+        )
     },
-    ("collections", "OrderedDict"): OrderedDict,
-    ("_codecs", "encode"): _encode_latin1,
-    **_numpy_globals(),
+    "collections.OrderedDict": OrderedDict,
+    "_codecs.encode": _encode_latin1,
+    **numpy_globals(),
 }
-
-
-class _ForbiddenGlobal(pickle.UnpicklingError):
-    pass
 
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _ALLOWED_GLOBALS[module, name]
+            return _ALLOWED_GLOBALS[f"{module}.{name}"]
         except KeyError:
             raise _ForbiddenGlobal(f"{module}.{name}") from None

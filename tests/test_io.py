@@ -1,14 +1,28 @@
+import errno
 import json
 import os
 import pickle
+import struct
+import subprocess
+import sys
+import zipfile
 
+import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
-from ris_d2.io import atomic_write, dataset_root, load_json, load_pickle
+from ris_d2.io import (
+    UnreadableFile,
+    atomic_write,
+    dataset_root,
+    load_json,
+    load_pickle,
+    reading,
+)
 
 PLAIN = {
-    "text": ["é", b"\xff\x01", ""],
+    "text": ["é", b"\xff\x01", b"", ""],
     "numbers": [1, 2**80, 2.5, True, None, 1j],
     "sets": [{1, 2}, frozenset([3]), bytearray(b"ab"), (1, 2)],
 }
@@ -76,6 +90,11 @@ def test_a_hostile_pickle_is_refused_and_not_run(tmp_path):
         (b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.", "_codecs.encode with 'rot13'"),
         (pickle.dumps(json.JSONDecoder), "json.decoder.JSONDecoder"),
         (pickle.dumps(np.random.default_rng(0)), "numpy.random"),
+        (pickle.dumps(np.array(["text"])), "numpy's dtype 'U4'"),
+        (pickle.dumps(np.array([None])), "numpy's dtype 'O8'"),
+        (pickle.dumps(np.zeros(1, "i4,f8")), "numpy's dtype 'V12'"),
+        (b"cbuiltins\nbytearray\n(I1000000000000\ntR.", "bytes of a int"),
+        (b"cbuiltins\nbytes\n(I1000000000000\ntR.", "bytes of a int"),
     ],
 )
 def test_every_other_name_is_refused(tmp_path, data, named):
@@ -84,6 +103,54 @@ def test_every_other_name_is_refused(tmp_path, data, named):
     with pytest.raises(ValueError, match="not plain data") as error:
         load_pickle(path)
     assert named in str(error.value)
+
+
+def array_pickle(code="f8", layout="NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00", shape=3, size=24):
+    """A pickle of an array as numpy writes it, with any of its parts changed."""
+    return (
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n"
+        b"cnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01"
+        + (b"J" + struct.pack("<i", shape) + b"\x85")
+        + (b"cnumpy\ndtype\nU\x02" + code.encode() + b"K\x00K\x01\x87R")
+        + (b"(K\x03U\x01<" + layout.encode("latin1") + b"tb")
+        + (b"\x89T" + struct.pack("<i", size) + bytes(size) + b"tb.")
+    )
+
+
+def test_an_array_has_the_bytes_that_its_shape_needs_and_no_layout_of_its_own(tmp_path):
+    path = tmp_path / "a.p"
+    path.write_bytes(array_pickle())
+    assert load_pickle(path).tolist() == [0, 0, 0]
+    hostile = [
+        array_pickle("O8", layout="NNNK\x08K\x08K\x00"),  # eight raw bytes as a pointer
+        array_pickle("f8", layout="NNNK\x08K\x08K\x01"),
+        array_pickle("f8", layout="NU\x01a}J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00"),
+        array_pickle(shape=2**31 - 1),
+        array_pickle(shape=-3),
+        array_pickle(size=0),
+        array_pickle(size=25),
+        b"cnumpy\nndarray\n(I1000\ntR.",  # memory that nothing fills
+        b"\x80\x02cnumpy\nndarray\nM\xe8\x03\x85\x81.",
+        b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'f8'\nI0\nI1\ntRS'1234'\ntR.",
+        b"cnumpy\ndtype\n(S'O'\nI0\nI1\ntR.",
+    ]
+    for data in hostile:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"a\.p: "):
+            load_pickle(path)
+
+
+def test_an_unfilled_array_is_empty(tmp_path):
+    path = tmp_path / "a.p"
+    data = array_pickle()
+    path.write_bytes(data[: data.index(b"(K\x01")].replace(b"K\x00\x85", b"M\xff\xff\x85") + b".")
+    assert load_pickle(path).shape == (0,)
+
+
+def test_big_endian_numbers(tmp_path):
+    path = tmp_path / "a.p"
+    path.write_bytes(pickle.dumps(np.arange(3, dtype=">i4")))
+    assert load_pickle(path).tolist() == [0, 1, 2]
 
 
 def test_a_truncated_pickle_names_the_file(tmp_path):
@@ -101,6 +168,109 @@ def test_truncated_json_names_file_and_position(tmp_path):
     path.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ValueError, match="not UTF-8 text at byte 7"):
         load_json(path)
+
+
+def nested(depth):
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        (nested(100_000), "nested too deeply"),
+        ('{"id": ' + "9" * 5000 + "}", "digits"),
+        (nested(100_000)[:100_000], "nested too deeply"),
+    ],
+)
+def test_json_beyond_measure_names_the_file(tmp_path, content, named):
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"a\.json: .*{named}") as error:
+        load_json(path)
+    assert len(str(error.value)) < 500
+
+
+def deep():
+    return deep()
+
+
+def oversized():
+    return np.empty(2**62, np.uint8)
+
+
+@pytest.mark.parametrize(
+    "fault, named",
+    [
+        (deep, "nested too deeply"),
+        (oversized, "more memory than there is"),
+        (lambda: float(10**400), "OverflowError"),
+        (lambda: {}["id"], "KeyError: 'id'"),
+        (lambda: len(3), "TypeError"),
+        (lambda: cv2.resize(np.zeros((0, 0)), (1, 1)), "error: OpenCV"),
+        (lambda: zipfile.ZipFile(__file__), "BadZipFile"),
+        (lambda: struct.unpack("<i", b""), "error: unpack requires"),
+        (lambda: b"\xff".decode(), "can't decode byte 0xff"),
+        (lambda: Image.open(__file__), "UnidentifiedImageError"),
+        (lambda: open(__file__, "rb").seek(-1), "Invalid argument"),
+        (lambda: int("x" * 10_000), "invalid literal"),
+    ],
+)
+def test_whatever_reading_raises_names_file_and_entry(fault, named):
+    with pytest.raises(ValueError, match=rf"^some/refs\.p: ref 7: .*{named}") as error:
+        with reading("some/refs.p", "ref 7"):
+            fault()
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError("other.jpg: no such file"),
+        PermissionError(errno.EACCES, "Permission denied", "a.json"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("a.json: field 'id' is missing"),
+        UnreadableFile("b.json: not valid JSON"),
+        KeyboardInterrupt(),
+    ],
+)
+def test_what_says_enough_passes_the_boundary(error):
+    with pytest.raises(type(error)) as found:
+        with reading("a.json"):
+            raise error
+    assert found.value is error
+
+
+BOMBS = {
+    "nested.json": nested(10**6).encode(),
+    "digits.json": b"[" + b"9" * 10**6 + b"]",
+    "array.p": array_pickle(shape=2**31 - 1),
+    "bytes.p": b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"abc.",
+    "text.p": b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"abc.",
+    "frame.p": b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"abc.",
+    "memo.p": b"\x80\x02Nr\xff\xff\xff\x7f.",
+    "bytearray.p": b"c__builtin__\nbytearray\n(L999999999999L\ntR.",
+}
+
+
+def test_bombs_are_refused_under_a_memory_cap(tmp_path):
+    for name, data in BOMBS.items():
+        (tmp_path / name).write_bytes(data)
+    script = """
+import resource, sys
+from ris_d2.io import load_json, load_pickle
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 2**29, now + 2**29))
+for name in sys.argv[1:]:
+    try:
+        (load_json if name.endswith("json") else load_pickle)(name)
+    except ValueError as error:
+        print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script, *BOMBS], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert [line.partition(": ")[0] for line in result.stdout.splitlines()] == list(BOMBS)
 
 
 @pytest.mark.parametrize("load", [load_json, load_pickle])
