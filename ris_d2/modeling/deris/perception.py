@@ -106,7 +106,9 @@ class PerceptionLayer(nn.Module):
         self.self_norm = nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
         self.ffn_norm = nn.LayerNorm(dim)
-        self.apply(_init_xavier)
+        # As Mask2Former; queries, keys and values start as MultiheadAttention's.
+        for layer in (self.cross_attention.out, self.self_attention.out, self.ffn[0], self.ffn[2]):
+            nn.init.xavier_uniform_(layer.weight)
 
     def forward(
         self,
@@ -180,7 +182,13 @@ class PerceptionBranch(nn.Module):
             nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)
         )
         self.mask_proj = nn.Conv2d(dim, dim, 1)
-        self.visual_proj = nn.Conv2d(dim, dim, 1, bias=False) if reads_visual else None
+        self.visual_proj = None
+        if reads_visual:
+            self.visual_proj = nn.Conv2d(dim, dim, 1, bias=False)
+            # The two are one convolution of 2 C channels, whose start is narrower by sqrt(2).
+            with torch.no_grad():
+                for parameter in (*self.mask_proj.parameters(), *self.visual_proj.parameters()):
+                    parameter.mul_(0.5**0.5)
         self.level_proj = nn.ModuleList(
             nn.Conv2d(dim, dim, 1) for _ in range(min(num_layers, len(LEVELS)) * hierarchical)
         )
@@ -321,8 +329,3 @@ def _upsample_and_pool(small: int, large: int, device: torch.device) -> Tensor:
     basis = torch.eye(small, device=device)[:, None]
     basis = F.interpolate(basis, size=large, mode="linear", align_corners=False)
     return F.avg_pool1d(basis, PRIOR_STRIDE)[:, 0]
-
-
-def _init_xavier(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)

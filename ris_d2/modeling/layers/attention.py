@@ -1,5 +1,8 @@
 """Attention and MLP blocks that several methods share."""
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -8,7 +11,8 @@ class MultiheadAttention(nn.Module):
     """Multi-head attention with biased projections, for self- and cross-attention.
 
     Its work is done by ``scaled_dot_product_attention``, which FLOP counters see in training and in
-    evaluation (``nn.MultiheadAttention`` switches to a fused kernel that they do not count).
+    evaluation (``nn.MultiheadAttention`` switches to a fused kernel that they do not count). It starts
+    from that module's distribution.
     """
 
     def __init__(
@@ -42,6 +46,25 @@ class MultiheadAttention(nn.Module):
         self.key = nn.Linear(context_dim, dim)
         self.value = nn.Linear(context_dim, dim)
         self.out = nn.Linear(dim, query_dim) if out_proj else nn.Identity()
+        self._reset_parameters()
+
+    @torch.no_grad()
+    def _reset_parameters(self) -> None:
+        """Xavier-uniform queries, keys and values, zero biases; ``out`` keeps its layer's own weights.
+
+        Projections of one width are one matrix to ``nn.MultiheadAttention``, with thrice the outputs.
+        """
+        projections = (self.query, self.key, self.value)
+        fused = len({length for layer in projections for length in layer.weight.shape}) == 1
+        for layer in projections:
+            outputs, inputs = layer.weight.shape
+            # nn.Linear's start is uniform within 1 / sqrt(inputs): scaled, not drawn again, so that
+            # a seed gives what is built later the same start.
+            bound = math.sqrt(6 / (inputs + (3 if fused else 1) * outputs))
+            layer.weight.mul_(bound * math.sqrt(inputs))
+            layer.bias.zero_()
+        if isinstance(self.out, nn.Linear):
+            self.out.bias.zero_()
 
     def forward(
         self,

@@ -270,7 +270,7 @@ def test_bfloat16_stays_near_fp32(risam_cfg, make_square):
 def test_it_learns_one_image(risam_cfg, make_square, fit_one_image):
     risam_cfg.MODEL.RIS.NO_TARGET = "head"
     risam_cfg.MODEL.RISAM.merge_from_list(["DEC.NORM", "LN", "DICE_SMOOTH", 1.0, "DIM", 32])
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model, inputs = build_model(risam_cfg), make_square()
     assert fit_one_image(model, inputs) < 0.3
     results = model.eval()([inputs])[0]["referring"]
