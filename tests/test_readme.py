@@ -1,5 +1,6 @@
-"""README's commands: all of them name what exists; those on RefShapes are run as they stand."""
+"""README's and docs/'s commands name what exists; README's on RefShapes are run as they stand."""
 
+import json
 import os
 import re
 import shlex
@@ -8,24 +9,39 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ris_d2 import load_config
 from ris_d2.data import refshapes
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-FENCED = re.findall(r"^```(\w*)\n(.*?)^```", README, re.S | re.M)
-BLOCKS = [text for language, text in FENCED if not language]  # shell commands
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for block in BLOCKS
-    for line in block.replace("\\\n", " ").splitlines()
-    if line.strip()
-]
-PYTHON = [command for command in COMMANDS if command[0] in ("python", "torchrun")]
+PAGES = sorted(
+    page
+    for pattern in ("*.md", "datasets/*.md", "docs/**/*.md", "tools/**/*.md")
+    for page in ROOT.glob(pattern)
+)
 
 
-@pytest.mark.parametrize("command", PYTHON, ids=" ".join)
+def commands(page):
+    """The Python commands of a page's shell blocks, as lists of words."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.S | re.M)
+    blocks = [text for language, text in fenced if not language]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [command for command in words if command and command[0] in ("python", "torchrun")]
+
+
+def anchors(page):
+    """The names that a page's headings have on the web."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+README = commands(ROOT / "README.md")
+EVERYWHERE = [command for page in PAGES for command in commands(page)]
+
+
+@pytest.mark.parametrize("command", EVERYWHERE, ids=" ".join)
 def test_scripts_configs_and_keys_exist(command):
     script = next(word for word in command if word.endswith(".py"))
     assert (ROOT / script).is_file()
@@ -36,14 +52,36 @@ def test_scripts_configs_and_keys_exist(command):
         load_config(str(ROOT / command[at]), options[first_key:] if first_key is not None else [])
 
 
-def test_files_that_it_links_to_exist():
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = page.parent / file if file else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_what_the_small_model_knows(tmp_path):
+    refshapes.write_tokenizer(str(tmp_path))
+    vocabulary = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
+    words = [word for word in vocabulary if not word.startswith("<")]
+    assert f": {len(words)} words" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("study", sorted((ROOT / "configs/studies").glob("*.yaml")), ids=str)
+def test_a_study_that_has_a_page_says_there_what_to_know_of_it(study):
+    page = ROOT / "docs/studies" / f"{study.stem}.md"
+    note = yaml.safe_load(study.read_text()).get("note")
+    if note and page.exists():
+        assert " ".join(note.split()) in page.read_text()
 
 
 def find(*words):
-    """The one command that has all these words."""
-    (command,) = [c for c in PYTHON if all(any(w in part for part in c) for w in words)]
+    """The one command of the pages for readers that has all these words."""
+    pages = README + commands(ROOT / "docs/looking_inside.md")
+    (command,) = [c for c in pages if all(any(w in part for part in c) for w in words)]
     return command
 
 
@@ -67,7 +105,7 @@ def test_a_reader_gets_from_data_to_masks(tmp_path):
     """RefShapes by hand, training on two CPU processes, evaluation, the demo, scoring of a file, and
     looks inside."""
     place = {
-        "datasets/refshapes": str(tmp_path / "refshapes"),
+        "datasets/harder/refshapes": str(tmp_path / "refshapes"),
         "sheet.png": str(tmp_path / "s.png"),
     }
     make = [place.get(word, word) for word in find("make_refshapes.py")]
@@ -126,7 +164,7 @@ def test_the_published_recipe_runs_in_the_real_directory_tree(tmp_path):
     options = [word for pair in small.items() for word in pair]
     train, resume, evaluate = (
         ["2" if word == "8" else word for word in command]
-        for command in PYTHON
+        for command in README
         if "configs/shared_ris_beit3_b.yaml" in command and "--num-gpus" in command
     )
     run(train, tmp_path / "refshapes", "SOLVER.MAX_ITER", "1", *options)
