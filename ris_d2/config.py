@@ -75,6 +75,9 @@ def _add_data_keys(cfg: CN) -> None:
     cfg.INPUT.RIS.GEOMETRY = "squash"
     # bilinear | bicubic | area (shrinking only; else bilinear)
     cfg.INPUT.RIS.INTERPOLATION = "bilinear"
+    # Pixel of the original mask that a pixel of the resized training mask takes: center (aligned with
+    # the image) | corner (the upper left, cv2's nearest: the public code of DeRIS and ASDA).
+    cfg.INPUT.RIS.MASK_SAMPLE = "center"
     cfg.INPUT.RIS.LETTERBOX_COLOR = (123.7, 116.3, 103.5)  # RGB
     # Further resizings of the same original image, [[name, height, width], ...].
     cfg.INPUT.RIS.VIEWS = []
@@ -136,6 +139,10 @@ def _add_model_keys(cfg: CN) -> None:
     # (nearest).
     cfg.MODEL.RIS.SIGMOID_FIRST = True
     cfg.MODEL.RIS.THRESHOLD_FIRST = False
+    # Training targets at the size of a smaller prediction. area: the share of each cell that is on
+    # target, aligned with the prediction's enlargement. nearest: the cell's upper left pixel, as in
+    # the public code of ASDA (and of CRIS); what is learned lies up to half a cell right and down.
+    cfg.MODEL.RIS.TARGET_RESIZING = "area"
     cfg.MODEL.RIS.TEXT = CN()
     # Text encoder of methods that choose one: RISCLIPText | RISBert | RISCausalLM
     cfg.MODEL.RIS.TEXT.NAME = "RISCLIPText"

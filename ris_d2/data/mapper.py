@@ -11,7 +11,7 @@ from detectron2.structures import BitMasks, Instances
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 
-from ..masks import rasterize, resize_nearest
+from ..masks import SAMPLES, rasterize, resize_nearest
 from .geometry import GEOMETRIES, INTERPOLATIONS, Placement, place, random_affine, resize_image
 from .tokenizer import Tokenizer
 from .units import UNITS, draw_unit, take
@@ -34,6 +34,7 @@ class ReferringMapper:
         size: tuple[int, int],
         geometry: str = "squash",
         interpolation: str = "bilinear",
+        mask_sample: str = "center",
         letterbox_color: tuple[float, float, float] = (123.7, 116.3, 103.5),
         views: dict[str, tuple[int, int]] | None = None,
         resolution: tuple[int, int] | None = None,
@@ -52,6 +53,7 @@ class ReferringMapper:
             size: (height, width) of the model's input.
             geometry: how the image meets it, see :func:`ris_d2.data.geometry.place`.
             interpolation: "bilinear", "bicubic" or "area" (shrinking only, bilinear otherwise).
+            mask_sample: "center" or "corner", see :func:`ris_d2.masks.resize_nearest`.
             letterbox_color: RGB of the border of a letterbox, and of what an affine map uncovers.
             views: name -> (height, width) of further squashed resizings of the same image.
             resolution: (height, width) of the masks asked of the model; None: the original size.
@@ -67,6 +69,7 @@ class ReferringMapper:
         """
         _check_choice("GEOMETRY", geometry, GEOMETRIES)
         _check_choice("INTERPOLATION", interpolation, INTERPOLATIONS)
+        _check_choice("MASK_SAMPLE", mask_sample, tuple(SAMPLES))
         _check_choice("UNIT", unit, UNITS)
         _check_size("INPUT.RIS.SIZE", size)
         for name, view_size in (views or {}).items():
@@ -88,6 +91,7 @@ class ReferringMapper:
         self.size = tuple(size)
         self.geometry = geometry
         self.interpolation = interpolation
+        self.mask_sample = mask_sample
         # cv2 rounds border colours, so do we.
         self.letterbox_color = tuple(int(round(c)) for c in letterbox_color)
         self.views = views or {}
@@ -114,6 +118,7 @@ class ReferringMapper:
             "size": ris.SIZE,
             "geometry": ris.GEOMETRY,
             "interpolation": ris.INTERPOLATION,
+            "mask_sample": ris.MASK_SAMPLE,
             "letterbox_color": ris.LETTERBOX_COLOR,
             "views": {name: (height, width) for name, height, width in ris.VIEWS},
             "resolution": tuple(cfg.TEST.RESOLUTION) or None,
@@ -279,7 +284,9 @@ class ReferringMapper:
                 )
             if flip:
                 mask = np.asfortranarray(mask[:, ::-1])
-            canvas[placement.inside] = resize_nearest(mask, placement.height, placement.width)
+            canvas[placement.inside] = resize_nearest(
+                mask, placement.height, placement.width, sample=self.mask_sample
+            )
         return masks
 
 

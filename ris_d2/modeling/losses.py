@@ -6,13 +6,13 @@ from torch import Tensor
 
 
 def mask_bce(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy, mean over pixels: logits (E, H, W), targets (E, H, W) in {0, 1} -> (E,)."""
+    """Binary cross-entropy, mean over pixels: logits (E, H, W), targets (E, H, W) in [0, 1] -> (E,)."""
     loss = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
     return loss.flatten(1).mean(1)
 
 
 def mask_focal(logits: Tensor, targets: Tensor, *, alpha: float, gamma: float) -> Tensor:
-    """Focal loss (Lin et al., ICCV 2017), mean over pixels: (E, H, W), (E, H, W) in {0, 1} -> (E,).
+    """Focal loss (Lin et al., ICCV 2017), mean over pixels: (E, H, W), (E, H, W) in [0, 1] -> (E,).
 
     Args:
         alpha: weight of foreground, 1 - alpha that of background; negative: no weights.

@@ -11,11 +11,12 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from .explanation import Explanation
-from .layers import ExistenceHead
+from .layers import ExistenceHead, resize_maps
 from .losses import mean_over_processes
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NO_TARGET = ("none", "area", "head")
+_TARGET_RESIZING = ("area", "nearest")
 
 
 class ReferringSegmenter(nn.Module):
@@ -53,6 +54,7 @@ class ReferringSegmenter(nn.Module):
         mask_threshold: float = 0.5,
         sigmoid_first: bool = True,
         threshold_first: bool = False,
+        target_resizing: str = "area",
         max_expressions: int = 32,
     ):
         """
@@ -65,16 +67,21 @@ class ReferringSegmenter(nn.Module):
             no_target: none, area or head; see MODEL.RIS.NO_TARGET.
             sentence_dim: channels of ``outputs["sentence"]``; with no_target "head" the base builds an
                 ExistenceHead on it. None for methods that decide themselves.
+            target_resizing: area or nearest, how ``shrink_targets`` makes training targets.
             max_expressions: expressions segmented at once in evaluation.
 
         Raises:
-            ValueError: for an unknown precision or no_target.
+            ValueError: for an unknown precision, no_target or target_resizing.
         """
         super().__init__()
         if precision not in _DTYPES:
             raise ValueError(f"MODEL.RIS.PRECISION is {precision!r}, not one of {list(_DTYPES)}")
         if no_target not in _NO_TARGET:
             raise ValueError(f"MODEL.RIS.NO_TARGET is {no_target!r}, not one of {_NO_TARGET}")
+        if target_resizing not in _TARGET_RESIZING:
+            raise ValueError(
+                f"MODEL.RIS.TARGET_RESIZING is {target_resizing!r}, not one of {_TARGET_RESIZING}"
+            )
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self.input_size = tuple(input_size)
@@ -89,6 +96,7 @@ class ReferringSegmenter(nn.Module):
         self.mask_threshold = mask_threshold
         self.sigmoid_first = sigmoid_first
         self.threshold_first = threshold_first
+        self.target_resizing = target_resizing
         self.max_expressions = max_expressions
 
     @classmethod
@@ -108,6 +116,7 @@ class ReferringSegmenter(nn.Module):
             "mask_threshold": ris.MASK_THRESHOLD,
             "sigmoid_first": ris.SIGMOID_FIRST,
             "threshold_first": ris.THRESHOLD_FIRST,
+            "target_resizing": ris.TARGET_RESIZING,
             "max_expressions": cfg.TEST.MAX_EXPRESSIONS,
         }
 
@@ -341,17 +350,20 @@ class ReferringSegmenter(nn.Module):
             )
         return results
 
+    def shrink_targets(self, masks: Tensor, size: tuple[int, int]) -> Tensor:
+        """Masks bool (E, H, W) at the input size -> targets float (E, h, w) in [0, 1] at ``size``."""
+        return resize_maps(masks, size, self.target_resizing)
+
     def _restore(self, logits: Tensor, inputs: dict) -> Tensor:
         """Mask logits (E, h, w) of one image -> bool (E, height, width)."""
         maps = logits.sigmoid() if self.sigmoid_first or self.threshold_first else logits
         mode = "bilinear"
         if self.threshold_first:
             maps, mode = (maps > self.mask_threshold).float(), "nearest"
-        maps = maps[None]
         x0, y0, x1, y1 = (round(v) for v in inputs["content_box"])
         if (x0, y0, x1, y1) != (0, 0, self.input_size[1], self.input_size[0]):
-            maps = _resize(maps, self.input_size, mode)[..., y0:y1, x0:x1]
-        maps = _resize(maps, (inputs["height"], inputs["width"]), mode)[0]
+            maps = resize_maps(maps, self.input_size, mode)[..., y0:y1, x0:x1]
+        maps = resize_maps(maps, (inputs["height"], inputs["width"]), mode)
         if self.threshold_first:
             return maps > 0.5
         return (maps if self.sigmoid_first else maps.sigmoid()) > self.mask_threshold
@@ -416,11 +428,6 @@ class ReferringSegmenter(nn.Module):
         if dtype is torch.float16 and self.device.type == "cpu":
             raise ValueError("MODEL.RIS.PRECISION fp16 needs a GPU; use bf16 on a CPU")
         return torch.autocast(self.device.type, dtype)
-
-
-def _resize(maps: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    align = {"align_corners": False} if mode == "bilinear" else {}
-    return F.interpolate(maps, size=tuple(size), mode=mode, **align)
 
 
 def _runs(keys: Sequence[int]) -> list[slice]:

@@ -260,7 +260,7 @@ class ASDA(ReferringSegmenter):
 
     def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
         logits = outputs["mask_logits"]
-        masks = F.interpolate(masks[None].float(), size=logits.shape[-2:], mode="nearest")[0]
+        masks = self.shrink_targets(masks, logits.shape[-2:])
         focal = mask_focal(logits, masks, alpha=self.focal_alpha, gamma=self.focal_gamma)
         return {
             "loss_dice": self.dice_weight * mask_dice(logits, masks),

@@ -2,5 +2,13 @@ from .attention import MLP, MultiheadAttention
 from .existence import ExistenceHead
 from .init import init_xavier
 from .norm import instance_norm
+from .resize import resize_maps
 
-__all__ = ["MLP", "ExistenceHead", "MultiheadAttention", "init_xavier", "instance_norm"]
+__all__ = [
+    "MLP",
+    "ExistenceHead",
+    "MultiheadAttention",
+    "init_xavier",
+    "instance_norm",
+    "resize_maps",
+]

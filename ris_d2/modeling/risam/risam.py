@@ -185,7 +185,7 @@ class RISAM(ReferringSegmenter):
 
     def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
         logits = outputs["mask_logits"].float()
-        masks = F.interpolate(masks[None].float(), size=logits.shape[-2:], mode="nearest")[0]
+        masks = self.shrink_targets(masks, logits.shape[-2:])
         focal = mask_focal(logits, masks, alpha=self.focal_alpha, gamma=self.focal_gamma)
         return {
             "loss_focal": self.focal_weight * focal,

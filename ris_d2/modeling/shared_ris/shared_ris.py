@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from ..backbone import RISBEiT3
 from ..explanation import AttentionRecorder, Explanation, row_entropy
-from ..layers import init_xavier
+from ..layers import init_xavier, resize_maps
 from ..losses import mask_bce, mask_dice
 from ..segmenter import ReferringSegmenter
 from .decoder import SharedMaskDecoder
@@ -139,13 +138,11 @@ class SharedRIS(ReferringSegmenter):
         return weights[:, :, query, 1:num_vision].mean(1).unflatten(1, self.encoder.grid)
 
     def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
-        logits, masks = outputs["mask_logits"], masks.float()
+        logits = outputs["mask_logits"]
         if self.loss_at_input_size:
-            logits = F.interpolate(
-                logits[None], size=masks.shape[-2:], mode="bilinear", align_corners=False
-            )[0]
+            logits = resize_maps(logits, masks.shape[-2:])
         else:
-            masks = F.interpolate(masks[None], size=logits.shape[-2:], mode="nearest")[0]
+            masks = self.shrink_targets(masks, logits.shape[-2:])
         return {
             "loss_bce": self.bce_weight * mask_bce(logits, masks),
             "loss_dice": self.dice_weight * mask_dice(logits, masks),

@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from ..explanation import AttentionRecorder, Explanation, row_entropy
-from ..layers import init_xavier
+from ..layers import init_xavier, resize_maps
 from ..losses import mask_bce, mask_dice
 from ..segmenter import ReferringSegmenter
 from .decoder import VIPADecoder
@@ -153,7 +152,7 @@ class VIPA(ReferringSegmenter):
         return outputs
 
     def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
-        logits, masks = _upsample(outputs["mask_logits"], masks.shape[-2:]), masks.float()
+        logits = resize_maps(outputs["mask_logits"], masks.shape[-2:])
         losses = {
             "loss_bce": self.bce_weight * mask_bce(logits, masks),
             "loss_dice": self.dice_weight * mask_dice(logits, masks),
@@ -168,13 +167,13 @@ class VIPA(ReferringSegmenter):
         if self.relevance_loss == "contrastive":
             if self.log_relevance_temperature is not None:
                 scores = scores / self.log_relevance_temperature.exp()
-            return mask_bce(_upsample(scores, masks.shape[-2:]), masks)
+            return mask_bce(resize_maps(scores, masks.shape[-2:]), masks)
         # The paper does not define "direct thresholding": sigma(s) > 0.5 is s > 0, its gradient that
         # of sigma(s), and of the two mask losses only dice is finite on a binary map.
         soft = scores.sigmoid()
         binary = (scores > 0).float() + soft - soft.detach()
         # The share of each cell that is on target: a target smaller than a cell must not vanish.
-        targets = F.adaptive_avg_pool2d(masks, scores.shape[-2:])
+        targets = resize_maps(masks, scores.shape[-2:], "area")
         overlap = (binary * targets).flatten(1).sum(1)
         total = (binary + targets).flatten(1).sum(1)
         return 1 - (2 * overlap + 1) / (total + 1)
@@ -217,10 +216,6 @@ class VIPA(ReferringSegmenter):
             tokens=tokens,
             attended=tokens.new_ones(tokens.shape[:2]) if keep is None else keep,
         )
-
-
-def _upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 def _mean(tokens: Tensor, keep: Tensor | None) -> Tensor:
