@@ -1,9 +1,14 @@
 """Every configuration key of ris_d2, once: default, meaning, and the paper's symbol where there is one."""
 
-from collections.abc import Sequence
+import difflib
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
+
+from .yaml_files import read_config_files
 
 
 def get_ris_cfg() -> CN:
@@ -18,21 +23,68 @@ def get_ris_cfg() -> CN:
 
 
 def load_config(config_file: str, options: Sequence[str] = ()) -> CN:
-    """Defaults, then the yaml file (with its _BASE_), then KEY VALUE options.
+    """Defaults, then the yaml file (each ``_BASE_`` before it), then KEY VALUE options.
+
+    Only plain values are read and nothing in a file runs; detectron2's ``cfg.merge_from_file``
+    promises neither.
 
     Raises:
-        ValueError: an unknown key or a value of the wrong type; names the file.
+        FileNotFoundError: no such file.
+        ValueError: an unknown key, a value of the wrong type, or see
+            :func:`ris_d2.yaml_files.read_config_files`; names file (or command line) and key.
     """
     cfg = get_ris_cfg()
-    origin = f"{config_file} (or a file named by its _BASE_)"
-    try:
-        if config_file:
-            cfg.merge_from_file(config_file)
-        origin = "command line"
-        cfg.merge_from_list(list(options))
-    except (KeyError, ValueError, AssertionError) as error:
-        raise ValueError(f"{origin}: {error}") from error
+    if config_file:
+        for path, values in read_config_files(config_file):
+            _merge(cfg, path, values)
+    if len(options) % 2:
+        raise ValueError(f"command line: {options[-1]!r} has no value (or no key: KEY VALUE ...)")
+    for key, value in zip(options[::2], options[1::2]):
+        nested = value
+        for name in reversed(key.split(".")):
+            nested = {name: nested}
+        _merge(cfg, "command line", nested)
     return cfg
+
+
+def _merge(cfg: CN, origin: str, values: dict[str, Any]) -> None:
+    _check_keys(cfg, origin, values)
+    try:
+        cfg.merge_from_other_cfg(CN(values))
+    # Literals in text, as "(480, 480)", can be nested without end.
+    except (KeyError, ValueError, AssertionError, RecursionError, MemoryError) as error:
+        reason = textwrap.shorten(str(error), 400) or type(error).__name__
+        raise ValueError(f"{origin}, {', '.join(values)}: {reason}") from error
+
+
+def _check_keys(
+    cfg: CN, origin: str, values: dict[str, Any], node: CN | None = None, path: str = ""
+) -> None:
+    node = cfg if node is None else node
+    for key, value in values.items():
+        name = f"{path}{key}"
+        if key not in node and not node.is_new_allowed():
+            known = list(_names(cfg))
+            near = [other for other in known if other.split(".")[-1] == key][:3]
+            near = near or difflib.get_close_matches(name, known, 1, 0.8)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"{origin}: unknown key {name}{hint}")
+        if not isinstance(key, str):
+            raise ValueError(f"{origin}: the key {name} is no text")
+        below = node.get(key)
+        if isinstance(below, CN) and isinstance(value, dict):
+            _check_keys(cfg, origin, value, below, f"{name}.")
+        elif isinstance(below, CN):
+            raise ValueError(f"{origin}: {name} is a group of keys, {value!r} is not")
+        elif isinstance(value, dict) and key in node:
+            raise ValueError(f"{origin}: {name} is a value, no group of keys as {value!r}")
+
+
+def _names(node: CN, path: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{path}{key}"
+        if isinstance(value, CN):
+            yield from _names(value, f"{path}{key}.")
 
 
 def add_ris_config(cfg: CN) -> None:

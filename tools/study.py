@@ -49,7 +49,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -65,6 +64,7 @@ from ris_d2.engine.follow import (
 )
 from ris_d2.evaluation.report import ROW, summarize
 from ris_d2.io import atomic_write, load_json
+from ris_d2.yaml_files import read_yaml
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROGRESS_SECONDS = 20
@@ -126,31 +126,14 @@ def load_study(path: str) -> Study:
         FileNotFoundError: no such file, or a config that it names is missing.
         ValueError: unknown, missing, duplicate or malformed entries; names file and entry.
     """
-    with open(path) as file:
-        try:
-            content = yaml.load(file, _UniqueKeys)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: {error}") from error
+    content = read_yaml(path)
     try:
         return _check_study(path, content)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                problem = f"{key!r} is there twice"
-                raise yaml.constructor.ConstructorError(
-                    problem=problem, problem_mark=node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def _check_study(path: str, content: Any) -> Study:
-    _check_mapping("the file", content)
+def _check_study(path: str, content: dict) -> Study:
     for key in content:
         _check_known("key", key, KEYS)
     for key in REQUIRED:

@@ -282,7 +282,7 @@ def test_a_key_that_is_new_in_the_code_makes_no_run_worthless(study, files, tmp_
         ("train: 4", "trian: 4", "unknown refshapes: split 'trian'; did you mean train"),
         ("max_shapes: 4", "max_shape: 4", "unknown refshapes 'max_shape'; did you mean max_shapes"),
         ("max_shapes: 4", "max_shapes: 40", "min <= max <= 9"),
-        ("title: Two", "title: [Two", "widths.yaml.*line"),
+        ("title: Two", "title: [Two", "line 3: expected"),
     ],
 )
 def test_a_malformed_study_is_refused(study, files, old, new, message):
