@@ -17,7 +17,9 @@ setup(
     packages=find_packages(include=["ris_d2", "ris_d2.*"]),
     package_data={"ris_d2": ["py.typed"], "ris_d2.data": ["*.json"]},
     install_requires=[
-        "torch>=2.5",
+        # Earlier ones run code or damage memory while they read a hostile checkpoint, even with
+        # weights_only=True: CVE-2025-32434 (before 2.6), CVE-2026-24747 (before 2.10).
+        "torch>=2.10",
         "numpy",
         "Pillow",
         "PyYAML",

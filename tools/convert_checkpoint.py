@@ -14,7 +14,7 @@ import torch
 from ris_d2.checkpoint import convert_state_dict, read_weights
 from ris_d2.checkpoint.converters import CONVERTERS
 from ris_d2.checkpoint.paths import local_path
-from ris_d2.io import atomic_write
+from ris_d2.io import atomic_write, reading
 
 logger = logging.getLogger("convert_checkpoint")
 
@@ -32,7 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     published = read_weights(local_path(args.input))
-    state_dict = convert_state_dict(published, args.source)
+    with reading(args.input):
+        state_dict = convert_state_dict(published, args.source)
     with atomic_write(args.output, "wb") as file:
         torch.save({"model": state_dict, "converted_from": args.source}, file)
     count = sum(tensor.numel() for tensor in state_dict.values())

@@ -238,7 +238,9 @@ def download_sdist(directory: Path) -> Path:
     """
     # pip runs the sdist's setup.py (it imports torch) by the bdist_wheel that setuptools 70.1 has.
     if importlib.util.find_spec("torch") is None or installed_version("setuptools") < (70, 1):
-        raise SystemExit("Install these first: pip install torch torchvision 'setuptools>=70.1'")
+        raise SystemExit(
+            "Install these first: pip install 'torch>=2.10' torchvision 'setuptools>=70.1'"
+        )
     if installed_version("pip") == (0, 0):
         raise SystemExit(f"This Python has no pip: {sys.executable} -m ensurepip")
     requirements = directory / "requirements.txt"

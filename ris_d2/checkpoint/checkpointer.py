@@ -12,7 +12,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
-from ..io import atomic_write
+from ..io import atomic_write, reading
 from .converters import (
     convert_released,
     convert_state_dict,
@@ -213,12 +213,10 @@ class RISCheckpointer(DetectionCheckpointer):
         return content if isinstance(content.get("model"), Mapping) else {"model": content}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> None:
-        try:
+        with reading(self._loading):
             content = unwrap_state_dict(checkpoint.pop("model"))
             state_dict = convert_released(content)
             fit = _fit(self.model, state_dict)
-        except ValueError as error:
-            raise ValueError(f"{self._loading}: {error}") from error
         fit.ignored += _dropped_by_conversion(content, state_dict)
         init = self._frozen_sources(checkpoint.pop("frozen_sources", None))
         if init is None and (fit.missing or fit.misshapen):
@@ -333,10 +331,8 @@ def _converted(published: Mapping[str, Any], source: str, path: str) -> dict[str
     done = published.get("converted_from")
     if done not in (None, source):
         raise ValueError(f"{path}: converted from {done!r}, but MODEL.INIT gives it as {source!r}")
-    try:
-        return dict(published["model"]) if done else convert_state_dict(published, source)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with reading(path):
+        return unwrap_state_dict(published) if done else convert_state_dict(published, source)
 
 
 def _dropped_by_conversion(

@@ -5,13 +5,14 @@ import hashlib
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..io import load_pickle
+from ..io import load_pickle, numpy_globals, reading
 from .script import is_script, read_script
 
 __all__ = ["file_hash", "read_weights"]
@@ -23,29 +24,34 @@ def read_weights(path: str | os.PathLike) -> dict[str, Any]:
     ``.safetensors``; ``.pkl`` (detectron2's zoo, arrays become tensors); anything else is read as
     torch.save's format, whatever its extension (BEiT-3's ``.zip``), or as a TorchScript archive
     (OpenAI's CLIP), of which the tensors are taken and the code is left alone. Pickled objects are
-    limited to tensors, plain containers, numpy values and argparse.Namespace.
+    limited to tensors, plain containers, numpy's numbers and argparse.Namespace. Archives are
+    compared with their checksums; the other formats have none.
 
     Returns:
         the file's content: tensors by name, or a dict that holds them beside other data.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, damaged, of another format, or the file holds other Python objects.
+        ValueError: truncated, damaged, of another format, the file holds other Python objects, or
+            it announces more data than it has.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such weight file")
-    if path.endswith(".safetensors"):
-        content = _read_safetensors(path)
-    elif path.endswith(".pkl"):
-        content = _to_tensors(load_pickle(path))
-    elif is_script(path):
-        content = read_script(path)
-    else:
-        content = _read_torch(path)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not weights by name")
-    return dict(content)
+    with reading(path):
+        if path.endswith(".safetensors"):
+            content = _read_safetensors(path)
+        elif path.endswith(".pkl"):
+            content = _to_tensors(load_pickle(path), {})
+        elif _is_archive(path):
+            _check_archive(path)
+            content = read_script(path) if is_script(path) else _read_torch(path)
+        else:
+            content = _read_torch(path)
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{path}: holds a {type(content).__name__}, not weights by name")
+        _check_tensors(content, path)
+        return dict(content)
 
 
 def file_hash(path: str | os.PathLike) -> str:
@@ -55,6 +61,63 @@ def file_hash(path: str | os.PathLike) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _is_archive(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _check_archive(path: str) -> None:
+    """Read all entries of an archive once, for their checksums, which torch does not look at."""
+    with zipfile.ZipFile(path) as archive:
+        # The code of a TorchScript archive is compressed; it is not read.
+        entries = [entry for entry in archive.infolist() if "/code/" not in entry.filename]
+        announced, size = sum(entry.file_size for entry in entries), os.path.getsize(path)
+        if announced > size:
+            raise ValueError(
+                f"{path}: a file of {size} bytes whose entries announce {announced}; torch writes "
+                "them uncompressed, this is no weight file"
+            )
+        if not any(entry.CRC for entry in entries):
+            return  # saved without checksums, see torch.serialization.set_crc32_options
+        for entry in entries:
+            try:
+                with archive.open(entry) as file:
+                    while file.read(1 << 20):
+                        pass
+            except zipfile.BadZipFile as error:
+                raise ValueError(
+                    f"{path}: entry {entry.filename} is damaged ({error}); get the file again"
+                ) from error
+
+
+def _check_tensors(content: Mapping[str, Any], path: str) -> None:
+    """Refuse tensors without memory of their own, and more of them than the file can fill."""
+    announced, seen, values = 0, set(), [content]
+    while values:
+        value = values.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            values.extend(value.values())
+        elif isinstance(value, list | tuple | set):
+            values.extend(value)
+        elif isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+                raise ValueError(
+                    f"{path}: holds a tensor of {value.layout} on {value.device}, {value.dtype}; "
+                    "weights are dense and on the CPU"
+                )
+            announced += value.nbytes
+    # Tied weights are stored once, and buffers may be views of a single number.
+    size = os.path.getsize(path)
+    if announced > 4 * size + 2**26:
+        raise ValueError(
+            f"{path}: a file of {size} bytes whose tensors announce {announced} bytes; it is "
+            "damaged, or made to fill the memory"
+        )
 
 
 def _read_safetensors(path: str) -> dict[str, torch.Tensor]:
@@ -79,36 +142,34 @@ def _read_torch(path: str) -> Any:
                 "the file, save its tensors alone: torch.save({'model': state_dict}, path)"
             ) from error
         raise _damaged(path, error) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # damaged bytes can make the unpickler raise nearly anything
         raise _damaged(path, error) from error
 
 
 def _damaged(path: str, error: Exception) -> ValueError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    # Before that mark, torch advises to read the file without any protection.
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    reason = (text or type(error).__name__).splitlines()[0]
     return ValueError(
         f"{path} ({os.path.getsize(path)} bytes): no readable torch file, truncated or of another "
         f"format ({reason})"
     )
 
 
-def _to_tensors(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _to_tensors(item) for key, item in value.items()}
-    return torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
+def _to_tensors(value: Any, done: dict[int, Any]) -> Any:
+    # Each object once: a pickle may name the same dict again and again, at every depth.
+    if id(value) not in done:
+        if isinstance(value, Mapping):
+            done[id(value)] = {key: _to_tensors(item, done) for key, item in value.items()}
+        else:
+            is_array = isinstance(value, np.ndarray)
+            done[id(value)] = torch.from_numpy(np.array(value)) if is_array else value
+    return done[id(value)]
 
 
-def _plain_globals() -> list:
-    # numpy's callables are found by pickling, because they moved from numpy.core to numpy._core
-    # between numpy 1 and 2, and files carry either name.
-    scalar = np.float64(0).__reduce__()[0]
-    reconstruct = np.zeros(1).__reduce__()[0]
-    named = [
-        (maker, f"numpy.{core}.multiarray.{name}")
-        for core in ("core", "_core")
-        for maker, name in ((scalar, "scalar"), (reconstruct, "_reconstruct"))
-    ]
-    kinds = [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
-    return [argparse.Namespace, np.dtype, np.ndarray, *kinds, *named]
-
-
-_PLAIN_GLOBALS = _plain_globals()
+_PLAIN_GLOBALS = [
+    argparse.Namespace,
+    *((maker, name) for name, maker in numpy_globals().items()),
+]

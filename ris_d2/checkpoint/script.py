@@ -5,10 +5,16 @@ import zipfile
 from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..io import reading
+
 __all__ = ["is_script", "read_script"]
+
+# Far above any network's; a small archive can name one module inside another without end.
+MAX_MODULES = 10_000
 
 _DTYPES = {
     "DoubleStorage": torch.float64,
@@ -25,9 +31,7 @@ _DTYPES = {
 
 
 def is_script(path: str) -> bool:
-    """Whether a file is an archive that torch.jit.save wrote."""
-    if not zipfile.is_zipfile(path):
-        return False
+    """Whether an archive is one that torch.jit.save wrote."""
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
@@ -38,16 +42,17 @@ def read_script(path: str) -> dict[str, Tensor]:
     Raises:
         ValueError: the archive is damaged, or holds other objects than modules and plain values.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            data = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-            with archive.open(data) as file:
-                module = _Unpickler(file, archive, data[: -len(".pkl")]).load()
-    except (StopIteration, KeyError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: damaged TorchScript archive ({error})") from error
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return dict(_tensors(module, ""))
+    with reading(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                data = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+                with archive.open(data) as file:
+                    module = _Unpickler(file, archive, data[: -len(".pkl")]).load()
+            return _tensors(module)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{path}: {error}") from error
+        except (StopIteration, KeyError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
+            raise ValueError(f"{path}: damaged TorchScript archive ({error})") from error
 
 
 class _Object:
@@ -82,7 +87,10 @@ class _Unpickler(pickle.Unpickler):
         _, dtype, key, _, _ = pid  # the device that it was saved from does not matter
         if key not in self.storages:
             content = bytearray(self.archive.read(f"{self.directory}/{key}"))
-            self.storages[key] = torch.frombuffer(content, dtype=torch.uint8).untyped_storage()
+            # numpy takes an empty storage, too; memory that it owns cannot grow to what a tensor
+            # announces.
+            memory = torch.from_numpy(np.frombuffer(content, np.uint8))
+            self.storages[key] = memory.untyped_storage()
         return dtype, self.storages[key]
 
 
@@ -97,9 +105,16 @@ def _rebuild_tensor(
     return torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
 
 
-def _tensors(module: _Object, prefix: str):
-    for name, value in module.attributes.items():
-        if isinstance(value, Tensor):
-            yield prefix + name, value
-        elif isinstance(value, _Object):
-            yield from _tensors(value, f"{prefix}{name}.")
+def _tensors(root: _Object) -> dict[str, Tensor]:
+    found, modules, count = {}, [("", root)], 0
+    while modules:
+        prefix, module = modules.pop()
+        count += 1
+        if count > MAX_MODULES:
+            raise ValueError(f"more than {MAX_MODULES} modules inside each other")
+        for name, value in module.attributes.items():
+            if isinstance(value, Tensor):
+                found[prefix + name] = value
+            elif isinstance(value, _Object):
+                modules.append((f"{prefix}{name}.", value))
+    return found

@@ -202,7 +202,7 @@ def test_truncated_last_checkpoint(tmp_path):
     RISCheckpointer(Model(), str(tmp_path)).save("model_0000001")
     path = tmp_path / "model_0000001.pth"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match="model_0000001.pth .*truncated"):
+    with pytest.raises(ValueError, match="model_0000001.pth.*truncated"):
         RISCheckpointer(Model(), str(tmp_path)).resume_or_load("", resume=True)
 
 

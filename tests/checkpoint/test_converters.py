@@ -52,7 +52,7 @@ def test_unknown_source_lists_the_known():
     "content, message",
     [
         ({"backbone.weight": torch.ones(1)}, "not a BEiT-3 checkpoint.*backbone.weight"),
-        ({"model": {"beit3.a": "text"}}, "'beit3.a' holds no tensor"),
+        ({"model": {"beit3.a": "text"}}, "'beit3.a' is no name of a tensor"),
         ({"model": {}}, "holds nothing"),
     ],
 )

@@ -60,3 +60,28 @@ def test_damaged_archive_is_named(archive, tmp_path):
     path.write_bytes(archive.read_bytes()[:500])
     with pytest.raises(ValueError, match="damaged.pt"):
         read_weights(path)
+
+
+def test_an_empty_tensor(tmp_path):
+    module = nn.Module()
+    module.register_buffer("nothing", torch.zeros(0))
+    torch.jit.save(torch.jit.script(module), str(tmp_path / "model.pt"))
+    assert read_weights(tmp_path / "model.pt")["nothing"].shape == (0,)
+
+
+def nothing_but_modules(depth):
+    """A data.pkl whose modules contain the next one twice each."""
+    module = b"c__torch__\nM\n)R}"
+    data = b"\x80\x02" + module + b"b"
+    for _ in range(depth):
+        data += b"q\x00" + module + b"(X\x01\x00\x00\x00ah\x00X\x01\x00\x00\x00bh\x00ub"
+    return data + b"."
+
+
+def test_modules_inside_each_other_without_end(tmp_path):
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("model/data.pkl", nothing_but_modules(40))
+        file.writestr("model/constants.pkl", b"")
+    with pytest.raises(ValueError, match=r"model\.pt: more than 10000 modules"):
+        read_weights(path)

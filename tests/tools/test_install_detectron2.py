@@ -200,7 +200,7 @@ def test_pip_26_3_downloads_through_an_earlier_pip(installer, commands, monkeypa
     "versions, message",
     [
         ({"setuptools": "84.2.1"}, "has no pip: .* -m ensurepip"),
-        ({"pip": "25.3"}, "pip install torch torchvision 'setuptools>=70.1'"),
+        ({"pip": "25.3"}, "pip install 'torch>=2.10' torchvision 'setuptools>=70.1'"),
         ({"pip": "25.3", "setuptools": "70.0.0"}, "setuptools>=70.1"),
     ],
 )
@@ -219,7 +219,7 @@ def test_without_opencv_it_says_what_to_install(installer, commands, monkeypatch
 
 def test_without_torch_it_says_what_to_install(installer, monkeypatch, tmp_path):
     monkeypatch.setattr(installer.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install torch torchvision"):
+    with pytest.raises(SystemExit, match="pip install 'torch>=2.10' torchvision"):
         installer.download_sdist(tmp_path)
 
 

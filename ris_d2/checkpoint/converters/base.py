@@ -8,6 +8,7 @@ from torch import Tensor
 __all__ = ["Converter", "unwrap_state_dict"]
 
 StateDict = dict[str, Tensor]
+_MAX_WRAPPERS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ def unwrap_state_dict(content: Mapping) -> StateDict:
     Raises:
         ValueError: what is inside is not a dict of tensors.
     """
-    while True:
+    for _ in range(_MAX_WRAPPERS):  # a pickled dict may also contain itself
         wrapper = next(
             (
                 key
@@ -47,11 +48,15 @@ def unwrap_state_dict(content: Mapping) -> StateDict:
         if wrapper is None:
             break
         content = content[wrapper]
-    others = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    others = [
+        name
+        for name, value in content.items()
+        if not isinstance(value, Tensor) or not isinstance(name, str)
+    ]
     if others or not content:
         raise ValueError(
             "not a state dict: "
-            + (f"{others[0]!r} holds no tensor" if others else "it holds nothing")
+            + (f"{others[0]!r} is no name of a tensor" if others else "it holds nothing")
             + "; expected tensors by name, alone or under 'model', 'module' or 'state_dict'"
         )
     if all(name.startswith("module.") for name in content):
