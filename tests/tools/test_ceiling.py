@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -26,8 +27,12 @@ def ceilings(load_tool, leaf, *options, per_band=24, steps=100):
 
 @pytest.mark.parametrize("leaf", SMALL)
 def test_published_targets_do_not_shift_masks(load_tool, leaf):
-    report = ceilings(load_tool, leaf, *SMALL[leaf], per_band=4, steps=60)
-    assert all(abs(shift) < 0.25 for band in report.values() for shift in band["shift"])
+    report = ceilings(
+        load_tool, leaf, *SMALL[leaf], per_band=8 if "risam" not in leaf else 3, steps=80
+    )
+    # All ellipses together: one alone is up to half a pixel off by the chance of its place.
+    shift = np.mean([band["shift"] for band in report.values()], axis=0)
+    assert np.abs(shift).max() < 0.25
     assert report["40-90"]["iou"] > 93
 
 
@@ -51,7 +56,7 @@ def test_nearest_targets_shift_masks_down_and_right_and_cost_iou(load_tool):
 
 def test_table_and_json(load_tool, capsys):
     tool = load_tool("ceiling")
-    few = ["--ellipses", "1", "--steps", "2"]
+    few = ["--ellipses", "1", "--steps", "40"]
     leaves = [str(CONFIGS / "refshapes" / f"{name}_tiny.yaml") for name in ("asda", "deris")]
     tool.main(["--config-file", leaves[0], "--config-file", leaves[1], "--json", *few])
     report = json.loads(capsys.readouterr().out)
