@@ -8,6 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
+from .paper_tables import is_paper_row, read_paper_row
 from .yaml_files import read_config_files
 
 
@@ -25,6 +26,9 @@ def get_ris_cfg() -> CN:
 def load_config(config_file: str, options: Sequence[str] = ()) -> CN:
     """Defaults, then the yaml file (each ``_BASE_`` before it), then KEY VALUE options.
 
+    ``configs/papers/vipa.yaml:t7_none_le`` is a row of a paper's table: the table's recipe, then the
+    changes of the row.
+
     Only plain values are read and nothing in a file runs; detectron2's ``cfg.merge_from_file``
     promises neither.
 
@@ -35,8 +39,11 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CN:
     """
     cfg = get_ris_cfg()
     if config_file:
-        for path, values in read_config_files(config_file):
+        row = read_paper_row(config_file) if is_paper_row(config_file) else None
+        for path, values in read_config_files(row.base if row else config_file):
             _merge(cfg, path, values)
+        for origin, values in row.changes if row else ():
+            _merge(cfg, origin, values)
     if len(options) % 2:
         raise ValueError(f"command line: {options[-1]!r} has no value (or no key: KEY VALUE ...)")
     for key, value in zip(options[::2], options[1::2]):
@@ -220,6 +227,11 @@ def _add_solver_keys(cfg: CN) -> None:
     # (SOLVER.WEIGHT_DECAY_BIAS) and whatever else has one dimension.
     cfg.SOLVER.RIS.NO_DECAY = []
     cfg.SOLVER.RIS.SCHEDULE = "step"  # step (SOLVER.STEPS, GAMMA) | cosine (to 0) | poly
+    # Length in epochs of training units (INPUT.RIS.UNIT); MAX_ITER, STEPS and WARMUP_ITERS then follow
+    # from the units that are there and IMS_PER_BATCH. 0: those count.
+    cfg.SOLVER.RIS.EPOCHS = 0
+    cfg.SOLVER.RIS.STEP_EPOCHS = ()  # epochs after which the rate is multiplied by SOLVER.GAMMA
+    cfg.SOLVER.RIS.WARMUP_EPOCHS = 0
     cfg.SOLVER.RIS.POLY_POWER = 0.9  # rate x (1 - t/T)^power
     cfg.SOLVER.RIS.CLIP_GRAD_NORM = 0.0  # global norm over all parameters; 0 = off
     # Micro-batches per optimizer step. SOLVER.IMS_PER_BATCH counts the units of the whole step.

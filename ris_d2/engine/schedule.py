@@ -1,9 +1,10 @@
 """Learning-rate schedules: step, cosine and poly, with warm-up."""
 
 import logging
+import math
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.solver.lr_scheduler import LRMultiplier, WarmupParamScheduler
 from fvcore.common.param_scheduler import (
     CosineParamScheduler,
@@ -12,9 +13,47 @@ from fvcore.common.param_scheduler import (
     PolynomialDecayParamScheduler,
 )
 
-__all__ = ["build_lr_scheduler"]
+__all__ = ["build_lr_scheduler", "with_iterations"]
 
 logger = logging.getLogger(__name__)
+
+
+def with_iterations(cfg: CfgNode, units_per_epoch: int) -> CfgNode:
+    """Turn SOLVER.RIS.EPOCHS, STEP_EPOCHS and WARMUP_EPOCHS into iterations, if they are set.
+
+    Args:
+        units_per_epoch: training units of all processes together.
+
+    Returns:
+        ``cfg``, or a frozen copy with SOLVER.MAX_ITER, STEPS and WARMUP_ITERS of so many epochs.
+
+    Raises:
+        ValueError: both epochs and iterations are set.
+    """
+    solver, ris = cfg.SOLVER, cfg.SOLVER.RIS
+    if not ris.EPOCHS:
+        if ris.STEP_EPOCHS or ris.WARMUP_EPOCHS:
+            raise ValueError("SOLVER.RIS.STEP_EPOCHS and WARMUP_EPOCHS need SOLVER.RIS.EPOCHS")
+        return cfg
+    stock = get_cfg().SOLVER
+    for key in ("MAX_ITER", "STEPS"):
+        if solver[key] != stock[key]:
+            raise ValueError(
+                f"SOLVER.{key} {solver[key]} and SOLVER.RIS.EPOCHS {ris.EPOCHS} are both set; "
+                "SOLVER.RIS.EPOCHS 0 SOLVER.RIS.STEP_EPOCHS () counts in iterations"
+            )
+
+    def iterations(epochs: int) -> int:
+        return math.ceil(epochs * units_per_epoch / solver.IMS_PER_BATCH)
+
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.MAX_ITER = iterations(ris.EPOCHS)
+    cfg.SOLVER.STEPS = tuple(iterations(epochs) for epochs in ris.STEP_EPOCHS)
+    if ris.WARMUP_EPOCHS:
+        cfg.SOLVER.WARMUP_ITERS = iterations(ris.WARMUP_EPOCHS)
+    cfg.freeze()
+    return cfg
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:

@@ -20,7 +20,7 @@ from ..data.loader import build_test_loader, build_train_loader
 from ..evaluation import ReferringEvaluator
 from .hooks import BestCheckpoint, StepSeed
 from .optimizer import build_optimizer
-from .schedule import build_lr_scheduler
+from .schedule import build_lr_scheduler, with_iterations
 from .step import StepTrainer
 
 __all__ = ["Trainer"]
@@ -45,6 +45,12 @@ class Trainer(DefaultTrainer):
         self._seed_is_free = cfg.SEED < 0
         if self._seed_is_free:
             cfg = _with_seed(cfg, comm.shared_random_seed() % 2**31)
+        # Epochs become iterations once the units are counted; the stock constructor, which would build
+        # the loader a second time, gets this one. It scales batch and schedule by itself.
+        scaled = self.auto_scale_workers(cfg, comm.get_world_size())
+        loader = self.build_train_loader(scaled)
+        cfg = with_iterations(cfg, loader.units_per_epoch)
+        self.build_train_loader = lambda cfg: loader
         with _ddp_without_gpu():
             super().__init__(cfg)
         ris = self.cfg.SOLVER.RIS

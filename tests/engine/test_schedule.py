@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ris_d2 import get_ris_cfg
-from ris_d2.engine.schedule import build_lr_scheduler
+from ris_d2.engine.schedule import build_lr_scheduler, with_iterations
 
 
 def rates(**options):
@@ -64,3 +64,41 @@ def test_warmup_ramps_to_the_schedule_without_delaying_it():
 def test_unusable_settings(options, message):
     with pytest.raises(ValueError, match=message):
         rates(**options)
+
+
+def epochs(units, **options):
+    cfg = get_ris_cfg()
+    cfg.SOLVER.IMS_PER_BATCH = 28
+    cfg.merge_from_list([x for k, v in options.items() for x in (f"SOLVER.{k}", v)])
+    return with_iterations(cfg, units).SOLVER
+
+
+def test_epochs_become_iterations_of_the_units_that_are_there():
+    """ASDA's released schedule: 32 epochs of 120,624 sentences, 28 a step, x 0.1 after 18 and 28."""
+    keys = {"RIS.EPOCHS": 32, "RIS.STEP_EPOCHS": (18, 28), "RIS.WARMUP_EPOCHS": 1}
+    solver = epochs(120_624, **keys)
+    assert (solver.MAX_ITER, solver.STEPS, solver.WARMUP_ITERS) == (
+        137_856,
+        (77_544, 120_624),
+        4308,
+    )
+    assert (
+        epochs(120_191, **keys).MAX_ITER == 137_362
+    )  # RefCOCO+: the recipe stays, its length follows
+
+
+def test_iterations_count_without_epochs():
+    assert epochs(1000, MAX_ITER=7).MAX_ITER == 7
+
+
+@pytest.mark.parametrize(
+    "keys, named",
+    [
+        ({"RIS.EPOCHS": 2, "MAX_ITER": 7}, "SOLVER.MAX_ITER 7"),
+        ({"RIS.EPOCHS": 2, "STEPS": (7,)}, "SOLVER.STEPS"),
+        ({"RIS.STEP_EPOCHS": (1,)}, "need SOLVER.RIS.EPOCHS"),
+    ],
+)
+def test_epochs_and_iterations_exclude_each_other(keys, named):
+    with pytest.raises(ValueError, match=named):
+        epochs(1000, **keys)
