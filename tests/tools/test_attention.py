@@ -80,6 +80,26 @@ def test_visual_and_linguistic_expression_side_by_side(attention, shapes, tmp_pa
     assert names == {"maps.png", "words_0.png", "words_1.png", "attention.json"}
 
 
+def test_models_without_maps_show_their_masks(attention, shapes, tmp_path, capsys):
+    """RISAM's Figs. 2 and 6: among others SAM's mask decoder, and convolutions as fusion."""
+    base = REPOSITORY / "configs" / "instant_test" / "risam.yaml"
+    models = []
+    for name in ("ma", "conv"):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"_BASE_: {base}\nMODEL: {{RISAM: {{FUSION: {name}}}}}\n"
+        )
+        models += ["--model", name, str(tmp_path / f"{name}.yaml"), ""]
+    report = attention.main(
+        [*models, "--dataset", "ris_refshapes_val", "--images", "2", "--draw", "2"]
+        + ["--output", str(tmp_path / "out"), "MODEL.DEVICE", "cpu"]
+    )
+    assert set(report["ma"]["auc"]) == {"vision-guided", "language-guided"}
+    assert "auc" not in report["conv"] and report["conv"]["sentences"] > 0
+    # Text, target; mask and two maps; mask.
+    picture = Image.open(tmp_path / "out" / "maps.png")
+    assert picture.width == 12 + (1 + 1 + 3 + 1) * (160 + 12)
+
+
 def test_tsne_has_a_picture_per_sentence(attention, tiny_config, shapes, tmp_path):
     pytest.importorskip("sklearn")
     attention.main(

@@ -12,7 +12,8 @@ class MutualFeatures(NamedTuple):
 
     Attributes:
         regions: (E, N, dim), F_lav: visual features that know the words.
-        words: (E, L, dim), F_val: linguistic features that know the image.
+        words: (E, L, dim), F_val: linguistic features that know the image (of a fusion that makes none,
+            the projected words).
         vision_guided: (E, N, L), A: the weights of the words for each region; None if the fusion has no
             such attention.
         language_guided: (E, L, N), the weights of the regions for each word; None likewise.
@@ -59,7 +60,9 @@ class MutualAwareAttention(nn.Module):
             use_mask: False: no pair is (Table 3 #8).
             lga_norm: none, sum or softmax.
             direction: "mutual"; "vision": the words stay Z_l (Table 3 #6); "serial": the words gather
-                regions first, and the regions gather those words (Table 3 #7).
+                regions first, and the regions gather those words; they go no further, the words that
+                leave the block are Z_l ("the serial design fails to further utilize vision-aware
+                linguistic features in the mask decoder", Sec. 3.3; Table 3 #7).
 
         Raises:
             ValueError: for an unknown ``lga_norm`` or ``direction``.
@@ -92,8 +95,10 @@ class MutualAwareAttention(nn.Module):
         gathered = region_weights.to(regions.dtype) @ regions
         updated = self.language_norm(gathered + words)
         if self.direction == "serial":
-            words = updated
-            weights = _masked_softmax(*self._relevance(regions, words, text_mask))
+            weights = _masked_softmax(*self._relevance(regions, updated, text_mask))
+            return MutualFeatures(
+                self._gather(regions, weights, updated), words, weights, region_weights
+            )
         return MutualFeatures(
             self._gather(regions, weights, words), updated, weights, region_weights
         )

@@ -10,13 +10,13 @@ from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..explanation import Explanation
+from ..explanation import AttentionRecorder, Explanation
 from ..losses import mask_dice, mask_focal
 from ..segmenter import ReferringSegmenter
 from ..text import build_text_encoder
 from .decoder import MutualAwareMaskDecoder
 from .feature_enhancement import build_feature_enhancement
-from .fusion import build_fusion
+from .fusion import TransformerEncoder, build_fusion
 from .mutual_aware_attention import MutualFeatures
 from .sam_decoder import SAMMaskDecoder
 
@@ -81,7 +81,7 @@ class RISAM(ReferringSegmenter):
         self.grid = tuple(math.ceil(n / stride) for n in self.input_size)
         self.mask_pad = mask_pad
         # Padded words that something reads must be there, always as many.
-        self.trims_text = mask_pad and not isinstance(decoder, SAMMaskDecoder)
+        self.trims_text = mask_pad
         self.focal_weight, self.dice_weight = focal_weight, dice_weight
         self.focal_gamma, self.focal_alpha = focal_gamma, focal_alpha
         self.dice_smooth = dice_smooth
@@ -170,17 +170,23 @@ class RISAM(ReferringSegmenter):
     ) -> Explanation:
         """Fig. 7, of the last block: the words' weights at each region, and the regions' of each word.
 
-        Raises:
-            ValueError: the fusion has no such attention (MODEL.RISAM.FUSION te, conv or none).
+        Of MODEL.RISAM.FUSION te they are those of the last layer, mean over heads, which shares them out
+        among regions and words together; conv and none have no attention between the two, and no maps.
         """
-        fused, _ = self._fuse(features, image_index, input_ids, text_mask)
-        if fused.vision_guided is None:
-            raise ValueError(
-                f"{type(self.fusion).__name__} has no attention between regions and words to show"
-            )
-        maps = {"vision-guided": fused.vision_guided.transpose(1, 2)}
-        if fused.language_guided is not None:
-            maps["language-guided"] = fused.language_guided
+        names = []
+        if isinstance(self.fusion, TransformerEncoder):
+            names = [f"fusion.layers.{len(self.fusion.layers) - 1}"]
+        with AttentionRecorder(self, names) as recorder:
+            fused, _ = self._fuse(features, image_index, input_ids, text_mask)
+        of_words, of_regions = fused.vision_guided, fused.language_guided
+        for name in names:
+            weights, count = recorder.weights[name][0].mean(1), fused.regions.shape[1]
+            of_words, of_regions = weights[:, :count, count:], weights[:, count:, :count]
+        maps = {}
+        if of_words is not None:
+            maps["vision-guided"] = of_words.transpose(1, 2)
+        if of_regions is not None:
+            maps["language-guided"] = of_regions
         return Explanation(maps={name: m.unflatten(2, self.grid) for name, m in maps.items()})
 
     def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:

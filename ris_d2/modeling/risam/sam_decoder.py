@@ -9,11 +9,7 @@ from .mutual_aware_attention import MutualFeatures
 
 
 class SAMMaskDecoder(nn.Module):
-    """The words are sparse prompts. Of SAM's outputs only the single mask is read.
-
-    transformers' decoder cannot mask prompts, so that padded words enter as zero vectors; sentences
-    must then always be of one length, not cut to the longest of a batch.
-    """
+    """The words are sparse prompts. Of SAM's outputs only the single mask is read."""
 
     def __init__(self, *, dim: int, num_heads: int, mlp_dim: int = 2048):
         """SAM's has ``dim`` 256 and 8 heads. What nothing would train (the MLPs of three more masks, and
@@ -33,6 +29,12 @@ class SAMMaskDecoder(nn.Module):
         )
         self.mask_decoder.iou_prediction_head.requires_grad_(False)
         self.mask_decoder.output_hypernetworks_mlps[1:].requires_grad_(False)
+        # transformers has no argument for prompts that are padding: every attention whose keys are the
+        # tokens is told here which of them are words.
+        self._keep: Tensor | None = None
+        for layer in self.mask_decoder.transformer.layers:
+            for attention in (layer.self_attn, layer.cross_attn_image_to_token):
+                attention.register_forward_pre_hook(self._mask_pads, with_kwargs=True)
         # Fixed parts of SAM's prompt encoder: random Fourier features of positions, and what stands for
         # "no mask is given".
         self.register_buffer("position_frequencies", torch.randn(2, dim // 2))
@@ -43,18 +45,24 @@ class SAMMaskDecoder(nn.Module):
     ) -> tuple[Tensor, None]:
         """As MutualAwareMaskDecoder, but without a query token."""
         image = features.regions.transpose(1, 2).unflatten(2, grid)
+        own_tokens = text_mask.new_ones(len(text_mask), 1 + self.mask_decoder.num_mask_tokens)
+        self._keep = torch.cat([own_tokens, text_mask], 1)[:, None, None]
         masks, _ = self.mask_decoder(
             image_embeddings=image,
             image_positional_embeddings=self._positions(grid).expand(len(image), -1, -1, -1),
-            sparse_prompt_embeddings=(features.words * text_mask[..., None])[:, None],
+            sparse_prompt_embeddings=features.words[:, None],
             dense_prompt_embeddings=self.no_mask[:, :, None, None],
             multimask_output=False,
         )
         return masks[:, 0, 0], None
 
+    def _mask_pads(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, {**kwargs, "attention_similarity": self._keep}
+
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """(1, dim, h, w), of the centres of the cells."""
         y, x = (2 * (torch.arange(n, device=self.no_mask.device) + 0.5) / n - 1 for n in grid)
         centres = torch.stack([x.expand(*grid), y[:, None].expand(*grid)], -1)
-        phases = 2 * math.pi * centres @ self.position_frequencies
+        # No matrix product: autocast would round the phases.
+        phases = 2 * math.pi * (centres[..., None] * self.position_frequencies).sum(-2)
         return torch.cat([phases.sin(), phases.cos()], -1).permute(2, 0, 1)[None]

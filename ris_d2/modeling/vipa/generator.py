@@ -44,8 +44,8 @@ class VisualExpressionGenerator(nn.Module):
         num_heads: int,
         joint_dim: int = 512,
         ratio: float = 0.3,
-        gumbel_scale: float = 1.0,
-        noise: str = "scores",
+        noise: str = "temperature",
+        tau_init: float = 0.07,
         cues: str = "both",
         excluded_ids: Sequence[int] = (),
         retrieve: bool = True,
@@ -58,9 +58,10 @@ class VisualExpressionGenerator(nn.Module):
             dim: D of the visual expression.
             joint_dim: E, of the space in which both modalities are compared.
             ratio: r, of retrieved visual tokens to all; N_p = max(1, floor(r N)).
-            gumbel_scale: of the noise g in training; 1 is Eq. 2, 0 retrieves without noise.
-            noise: "scores", softmax((S_c + g) / tau), Eq. 2; "temperature", softmax(S_c / tau + g), where
-                tau also weighs scores against noise.
+            noise: g ~ Gumbel(0, 1) in training. "temperature", softmax(S_c / tau + g), where tau weighs scores against
+                noise; "scores", softmax((S_c + g) / tau), Eq. 2 to the letter, where what is retrieved
+                does not depend on tau and noise of standard deviation 1.28 drowns the cosines.
+            tau_init: tau at the start.
             cues: "both"; "global", the [CLS] token alone; "local", the others (Table VI b).
             excluded_ids: token ids that are no cues (Table IX: articles).
             retrieve: step 1; False: each visual token is its own (Table VI a, first row).
@@ -69,11 +70,13 @@ class VisualExpressionGenerator(nn.Module):
                 linear layer can learn; the sum of 67 tokens starts far larger than what is added to it.
 
         Raises:
-            ValueError: a ratio outside (0, 1] or an unknown name.
+            ValueError: a ratio outside (0, 1], a temperature that is not positive, or an unknown name.
         """
         super().__init__()
         if not 0 < ratio <= 1:
             raise ValueError(f"MODEL.VIPA.GENERATOR.RATIO lies in (0, 1], not {ratio}")
+        if tau_init <= 0:
+            raise ValueError(f"MODEL.VIPA.GENERATOR.TAU_INIT must be positive, not {tau_init}")
         for key, value, known in (
             ("NOISE", noise, _NOISE),
             ("CUES", cues, _CUES),
@@ -81,13 +84,13 @@ class VisualExpressionGenerator(nn.Module):
         ):
             if value not in known:
                 raise ValueError(f"MODEL.VIPA.GENERATOR.{key} is {value!r}, not one of {known}")
-        self.ratio, self.gumbel_scale, self.noise, self.cues = ratio, gumbel_scale, noise, cues
+        self.ratio, self.noise, self.cues = ratio, noise, cues
         self.excluded_ids = tuple(excluded_ids)
         self.retrieve, self.aggregation = retrieve, aggregation
         self.phi_vision = nn.Linear(vision_dim, joint_dim)
         self.phi_text = nn.Linear(text_dim, joint_dim)
-        # tau = exp(this): positive, 1 at the start.
-        self.log_temperature = nn.Parameter(torch.zeros(())) if retrieve else None
+        # tau = exp(this), always positive.
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(tau_init))) if retrieve else None
         self.aggregate = nn.Linear(vision_dim, dim)
         self.refine_by_vision = self.share = None
         if refine:
@@ -109,10 +112,8 @@ class VisualExpressionGenerator(nn.Module):
         relevance = self.relevance(vision, text)
         if self.retrieve:
             keep = self._cue_mask(input_ids, text_mask)
-            soft, retrieved = self.sample(relevance)
-            aggregated = soft.to(vision.dtype) @ vision
-            if self.aggregation == "mean":
-                aggregated = aggregated / self.num_retrieved(vision.shape[1])
+            weights, retrieved = self.sample(relevance)
+            aggregated = weights.to(vision.dtype) @ vision
         else:
             keep = retrieved = None
             aggregated = vision
@@ -131,29 +132,36 @@ class VisualExpressionGenerator(nn.Module):
     def sample(self, relevance: Tensor) -> tuple[Tensor, Tensor]:
         """Retrieve the N_p visual tokens of the highest scores per row (Eqs. 2 and 3).
 
-        In training Gumbel noise is added to the scores, and the mask's gradient is that of the softmax
-        (straight-through); in evaluation the mask depends on the cosines alone.
+        In training Gumbel noise is added to the scores, and the weights' gradient is that of the softmax
+        (straight-through); in evaluation they depend on the cosines alone.
 
         Args:
             relevance: (E, L, N).
 
         Returns:
-            M as float (E, L, N), to be multiplied, and as bool.
+            weights of the visual tokens as float (E, L, N), M / N_p (M with aggregation "sum"), and M as
+            bool.
         """
         scores = relevance
         if self.training:
-            noise = -self.gumbel_scale * torch.empty_like(scores).exponential_().log()
+            noise = -torch.empty_like(scores).exponential_().log()
             temperature = self.log_temperature.exp()
-            if self.noise == "scores":
-                scores = (scores + noise) / temperature
-            else:
+            if self.noise == "temperature":
                 scores = scores / temperature + noise
-        top = scores.topk(self.num_retrieved(scores.shape[-1]), dim=-1).indices
-        hard = torch.zeros_like(scores).scatter(-1, top, 1.0)
-        if not self.training:
-            return hard, hard.bool()
-        soft = scores.softmax(-1)
-        return hard + soft - soft.detach(), hard.bool()
+            else:
+                scores = (scores + noise) / temperature
+        count = self.num_retrieved(scores.shape[-1])
+        retrieved = torch.zeros_like(scores, dtype=torch.bool)
+        retrieved = retrieved.scatter(-1, scores.topk(count, dim=-1).indices, True)
+        weights = retrieved.to(scores.dtype)
+        if self.aggregation == "mean":
+            weights = weights / count
+        if self.training:
+            # Rows of M / N_p and of the softmax both sum to 1. Straight-through before the division
+            # would make the gradient of the retrieval N_p times weaker.
+            soft = scores.softmax(-1)
+            weights = weights + soft - soft.detach()
+        return weights, retrieved
 
     def num_retrieved(self, num_tokens: int) -> int:
         """N_p of N visual tokens."""

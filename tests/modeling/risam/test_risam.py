@@ -215,9 +215,22 @@ def test_explanations_show_both_directions(risam_cfg, make_square):
     words = language[inputs["text_mask"]]
     assert torch.allclose(words.sum((1, 2)), torch.ones(17), atol=1e-4)
     assert not language[~inputs["text_mask"]].any()
+
+
+def test_other_fusions_show_what_attention_they_have(risam_cfg, make_square):
+    inputs, text_mask = make_square(lengths=[8, 4, 5]), make_square(lengths=[8, 4, 5])["text_mask"]
     risam_cfg.MODEL.RISAM.FUSION = "te"
-    with pytest.raises(ValueError, match="TransformerEncoder has no attention"):
-        build_model(risam_cfg).eval().explanations([inputs])
+    (explanation,) = build_model(risam_cfg).eval().explanations([inputs])
+    assert set(explanation.maps) == {"vision-guided", "language-guided"}
+    for values in explanation.maps.values():
+        # The rest of a region's attention goes to regions, of a word's to words.
+        assert values.shape == (3, 8, 4, 4) and (values[text_mask] > 0).all()
+    assert (explanation.maps["vision-guided"].sum(1) < 1).all()
+    assert not explanation.maps["vision-guided"][~text_mask].any()
+    assert (explanation.maps["language-guided"].sum((2, 3)) < 1).all()
+    for fusion in ("conv", "none"):
+        risam_cfg.MODEL.RISAM.FUSION = fusion
+        assert build_model(risam_cfg).eval().explanations([inputs])[0].maps == {}
 
 
 def test_words_know_their_position_by_sine(risam_cfg):
