@@ -36,6 +36,13 @@ class VisionReadsLanguage(nn.Module):
         self.value = nn.Linear(text_dim, dim)
         self.out = nn.Linear(dim, vision_dim, bias=False)
         self.mix = nn.Linear(vision_dim, vision_dim)
+        # As CrossVLT starts: what it writes as 1x1 convolutions (v_q, w_v, project_mm) by Kaiming, all
+        # other linear layers, gates included, by BERT's and Swin's 0.02.
+        for layer in (self.query, self.out, self.mix):
+            nn.init.kaiming_normal_(layer.weight)
+        for layer in (self.key, self.value):
+            _init_linear(layer)
+        nn.init.zeros_(self.mix.bias)
 
     def forward(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """(E, N, vision_dim), (E, L, text_dim), bool (E, L) -> the fused residual (E, N, vision_dim)."""
@@ -54,13 +61,14 @@ class Gate(nn.Module):
     def __init__(self, *, dim: int):
         super().__init__()
         # CrossVLT sets both to zero in its constructor, where neither would ever get a gradient, and
-        # then overwrites them by what _init_fusion does.
+        # then overwrites them.
         self.layers = nn.Sequential(
             nn.Linear(dim, dim, bias=False),
             nn.ReLU(),
             nn.Linear(dim, dim, bias=False),
             nn.Tanh(),
         )
+        self.layers.apply(_init_linear)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return x + self.layers(residual) * residual
@@ -86,7 +94,6 @@ class StageFusion(nn.Module):
             self.gate = Gate(dim=vision_dim)
             self.read_down = VisionReadsLanguage(vision_dim=down, text_dim=text_dim, dim=down)
             self.gate_down = Gate(dim=down)
-        self.apply(_init_fusion)
 
 
 class LateFusion(nn.Module):
@@ -104,7 +111,7 @@ class LateFusion(nn.Module):
         return self.vision(vision, text, text_mask), self.text(text, vision)
 
 
-def _init_fusion(module: nn.Module) -> None:
+def _init_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
