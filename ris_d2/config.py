@@ -441,10 +441,11 @@ def _add_deris_keys(cfg: CN) -> None:
     # f_v in f_m = Conv(Concat(f_h4, f_v)); False: f_h4 alone
     cfg.MODEL.DERIS.VISUAL_FEATURES = True
     # Whom an instance attends in a cognition layer. queries: the other queries of its expression, told
-    # apart by mask priors, as the paper says. released: by swapped axes, the released code lets query
-    # n attend query n of the other expressions in the batch, or, of a batch of one, itself; so do
-    # training and evaluation here, and only so the released weights give the published numbers.
-    cfg.MODEL.DERIS.INSTANCE_ATTENTION = "released"
+    # apart by mask priors, as the paper says. released: for released weights. By swapped axes, the
+    # released code lets query n attend query n of the other expressions in the batch: of 16 in
+    # training and in the published evaluation on RefCOCO, of one, itself, in that on gRefCOCO. Here
+    # it is the batch in training; in evaluation, where no result may depend on other sentences, itself.
+    cfg.MODEL.DERIS.INSTANCE_ATTENTION = "queries"
     # Positions that the cognition layers add to words: sine, or released: its frequencies are cast
     # to integers, so that all but the first are 0; released weights need it.
     cfg.MODEL.DERIS.TEXT_POSITIONS = "released"

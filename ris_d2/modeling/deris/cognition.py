@@ -98,7 +98,9 @@ class CognitionLayer(nn.Module):
 
         Query n of an expression then attends query n of all expressions in the batch. So it is in
         training, as the released weights have learnt; in evaluation, where no result may depend on
-        what else is in the batch, each attends itself, as the released code does at batch size 1.
+        what else is in the batch, each attends itself, as the released code does at batch size 1:
+        that of its configs for gRefCOCO. Those for RefCOCO evaluate 16 at a time, in the order of a
+        file: numbers of these weights that depend on it are not repeated here.
         """
         attention = self.instance_attention
         if not self.training:

@@ -7,7 +7,7 @@ from ris_d2.modeling.layers.deformable_attention import MultiScaleDeformableAtte
 
 VARIANTS = [
     *(["QUERY_FLOW", flow] for flow in QUERY_FLOWS),
-    ["INSTANCE_ATTENTION", "queries"],
+    ["INSTANCE_ATTENTION", "released"],
     ["VISUAL_FEATURES", False],
     ["ROUNDS", 1],
     ["ROUNDS", 4, "TEXT_POSITIONS", "sine"],
