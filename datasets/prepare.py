@@ -1,7 +1,8 @@
 """Say which dataset files are there, which are missing, and whether the counts are the published.
 
 Exit status 1 where a file is broken or a count differs from the published one; a dataset or image
-that is not there is reported, and no error.
+that is not there is reported, and no error. Published are the numbers of what a file holds, so these
+are compared; what of it cannot be used is said in the next line.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import sys
 from typing import NamedTuple
 
 from ris_d2.data.catalog import DATASETS, Dataset
+from ris_d2.data.records import Skipped
 from ris_d2.data.refer import MissingSplitError
 from ris_d2.io import dataset_root
 
@@ -81,8 +83,9 @@ def check(dataset: Dataset, root: str) -> list[str]:
         if absent:
             missing.setdefault(", ".join(absent), []).append(split)
             continue
+        skipped = Skipped()
         try:
-            records = dataset.load(root, split)
+            records = dataset.load(root, split, skipped=skipped)
         except MissingSplitError as error:
             print(f"  {split:8} missing: {error}")
             continue
@@ -92,8 +95,11 @@ def check(dataset: Dataset, root: str) -> list[str]:
             continue
         by_split[split] = records
         name = "RefShapes" if is_refshapes else f"{dataset.name}_{split}"
-        verdict, differs = compare(name, count(records))
-        print(f"  {split:8} {describe(records)}; {verdict}")
+        verdict, differs = compare(name, count(records, skipped))
+        print(f"  {split:8} {describe(records, skipped)}; {verdict}")
+        if str(skipped):
+            left_out = sum(number for _, _, number in skipped.expressions)
+            print(f"  {'':8} flaws ({left_out:,} expressions left out): {skipped}")
         if differs:
             problems.append(f"{dataset.name}_{split}: {verdict}")
     for files, splits in missing.items():
@@ -103,15 +109,20 @@ def check(dataset: Dataset, root: str) -> list[str]:
     return problems
 
 
-def count(records: list[dict]) -> Counts:
-    """Images, refs and expressions of a split."""
+def count(records: list[dict], skipped: Skipped) -> Counts:
+    """Images, refs and expressions that the file has of a split, those left out included."""
     expressions = [expression for record in records for expression in record["expressions"]]
+    images = {record["image_id"] for record in records}
     refs = {expression["ref_id"] for expression in expressions}
-    return Counts(len(records), len(refs), len(expressions))
+    for image_id, ref_id, _ in skipped.expressions:
+        images.add(image_id)
+        refs.add(ref_id)
+    left_out = sum(number for _, _, number in skipped.expressions)
+    return Counts(len(images), len(refs), len(expressions) + left_out)
 
 
-def describe(records: list[dict]) -> str:
-    counts = count(records)
+def describe(records: list[dict], skipped: Skipped) -> str:
+    counts = count(records, skipped)
     targets = [len(e["annotation_ids"]) for record in records for e in record["expressions"]]
     several, none = sum(n > 1 for n in targets), targets.count(0)
     return (

@@ -1,13 +1,38 @@
 """Binary masks: COCO polygons and run lengths to bitmaps and back, union, nearest resizing."""
 
 import math
+import reprlib
 from collections.abc import Sequence
+from numbers import Integral
 
 import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
 SAMPLES = {"corner": cv2.INTER_NEAREST, "center": cv2.INTER_NEAREST_EXACT}
+
+# Of an image or mask. Pillow's own limit for files that claim to be huge, and 270 MB as RGB.
+MAX_PIXELS = 2**30 // 4 // 3
+# Of the polygons of one annotation, in pixels: 0.1 s and 50 MB in pycocotools.
+MAX_OUTLINE = 1_000_000
+
+
+def check_size(height: int, width: int) -> None:
+    """Raise ValueError unless these are the sides of an image or mask of at most MAX_PIXELS."""
+    are_sides = all(isinstance(side, Integral) and side > 0 for side in (height, width))
+    if not are_sides or int(height) * int(width) > MAX_PIXELS:
+        raise ValueError(
+            f"an image or mask has positive sides and at most {MAX_PIXELS:,} pixels, not "
+            f"{reprlib.repr(height)} x {reprlib.repr(width)} (height x width)"
+        )
+
+
+def check_part(part: list[float] | dict, height: int, width: int) -> None:
+    """Raise ValueError unless ``rasterize`` can draw this polygon or RLE; its size is not checked."""
+    if isinstance(part, dict):
+        _runs(part, height, width)
+    else:
+        _check_polygon(part, max(height, width))
 
 
 def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
@@ -22,51 +47,91 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
         bool (height, width); all False where polygons enclose no pixel.
 
     Raises:
-        ValueError: no polygon, a polygon with an odd number of coordinates or fewer than three
-            points, a coordinate that is no finite number, run lengths of another size or that do
+        ValueError: more than MAX_PIXELS; no polygon, a polygon with an odd number of coordinates or
+            fewer than three points, a coordinate that is no number or farther outside than the
+            image is long, outlines of more than MAX_OUTLINE; run lengths of another size or that do
             not add up to it.
     """
+    check_size(height, width)
     if isinstance(segmentation, dict):
-        return _decode(segmentation, height, width)
+        runs = _runs(segmentation, height, width)
+        is_inside = np.arange(len(runs)) % 2 == 1  # the first run is background
+        return np.repeat(is_inside, runs).reshape(width, height).T
     if not isinstance(segmentation, list) or not segmentation:
         raise ValueError(
-            f"a segmentation is a list of polygons or an RLE dict, not {segmentation!r}"
+            "a segmentation is a list of polygons or an RLE dict, not "
+            f"{reprlib.repr(segmentation)}"
         )
+    side = max(height, width)
     for polygon in segmentation:
-        _check_polygon(polygon)
+        _check_polygon(polygon, side)
+    _check_outlines(segmentation, side)
     parts = coco_mask.frPyObjects(segmentation, height, width)
     return coco_mask.decode(coco_mask.merge(parts)).view(bool)
 
 
-def _check_polygon(polygon: list[float]) -> None:
+def _check_polygon(polygon: list[float], side: int) -> None:
     if not isinstance(polygon, list):
-        raise ValueError(f"a polygon is a flat list [x0, y0, x1, y1, ...], not {polygon!r}")
+        raise ValueError(
+            f"a polygon is a flat list [x0, y0, x1, y1, ...], not {reprlib.repr(polygon)}"
+        )
     if len(polygon) % 2 or len(polygon) < 6:
         raise ValueError(
             f"a polygon needs x, y of three or more points, this one has {len(polygon)} numbers"
         )
     try:
         finite = math.isfinite(sum(polygon))
-    except TypeError:
+    except (TypeError, OverflowError):
         finite = False
     if not finite:
-        raise ValueError(f"a polygon's coordinates are finite numbers, got {polygon!r}")
+        raise ValueError(f"a polygon's coordinates are finite numbers, not {reprlib.repr(polygon)}")
+    # Polygons of COCO and of objects that the image cuts lie partly outside of it.
+    if min(polygon) < -side or max(polygon) > 2 * side:
+        raise ValueError(
+            f"a polygon's coordinates lie at most the image's longer side, {side} px, outside of "
+            f"it; these reach from {min(polygon)} to {max(polygon)}"
+        )
 
 
-def _decode(rle: dict, height: int, width: int) -> np.ndarray:
+def _check_outlines(polygons: list[list[float]], side: int) -> None:
+    # No edge is longer than three sides, so that hardly a real polygon has to be measured.
+    if sum(map(len, polygons)) / 2 * 3 * side <= MAX_OUTLINE:
+        return
+    rings = [np.reshape(polygon, (-1, 2)) for polygon in polygons]
+    length = sum(np.abs(ring - np.roll(ring, 1, axis=0)).max(axis=1).sum() for ring in rings)
+    if length > MAX_OUTLINE:
+        raise ValueError(
+            f"the polygons' outlines are {length:,.0f} px long, more than {MAX_OUTLINE:,}"
+        )
+
+
+def _runs(rle: dict, height: int, width: int) -> np.ndarray:
+    """The checked run lengths of an RLE: int64, adding up to height x width."""
     size, counts = rle.get("size"), rle.get("counts")
     if size is None or counts is None:
-        raise ValueError(f"an RLE has the keys size and counts, this one has {sorted(rle)}")
-    if list(size) != [height, width]:
-        raise ValueError(f"the RLE is of size {list(size)}, its image of [{height}, {width}]")
-    counts = np.asarray(counts) if isinstance(counts, list) else _decompress(counts)
-    # pycocotools returns uninitialised memory where the runs are too short, hence our own check.
-    if counts.dtype.kind not in "iu" or (counts < 0).any() or counts.sum() != height * width:
+        raise ValueError(
+            f"an RLE has the keys size and counts, this one has {reprlib.repr(list(rle))}"
+        )
+    if not isinstance(size, list | tuple) or list(size) != [height, width]:
+        raise ValueError(
+            f"the RLE is of size {reprlib.repr(size)}, its image of [{height}, {width}]"
+        )
+    runs = np.array(counts) if isinstance(counts, list) else _decompress(counts)
+    # pycocotools returns uninitialised memory where the runs are too short and writes beyond its
+    # own where they are too long, hence our own check. Runs are bounded one by one before they are
+    # added up, because a sum of 64 bits can wrap to the right one.
+    pixels = height * width
+    if (
+        runs.ndim != 1
+        or runs.dtype.kind not in "iu"
+        or (runs < 0).any()
+        or (runs > pixels).any()
+        or int(runs.sum(dtype=np.int64)) != pixels
+    ):
         raise ValueError(
             f"the RLE's runs must be non-negative integers that add up to {height} x {width}"
         )
-    runs = np.arange(len(counts)) % 2 == 1  # the first run is background
-    return np.repeat(runs, counts).reshape(width, height).T
+    return runs
 
 
 def _decompress(counts: str | bytes) -> np.ndarray:
@@ -76,16 +141,18 @@ def _decompress(counts: str | bytes) -> np.ndarray:
     "0" on; bit 5 says that the number goes on, bit 4 of its last group is the sign; from the fourth
     run on, the difference to the run before the previous one is stored.
     """
+    if not isinstance(counts, str | bytes):
+        raise ValueError(f"an RLE's counts are a list or a string, not {reprlib.repr(counts)}")
     characters = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
     groups = characters.astype(np.int64) - 48
     last = (groups & 32) == 0
     if not len(groups) or groups.min() < 0 or groups.max() > 63 or not last[-1]:
-        raise ValueError(f"not a compressed RLE: {counts!r}")
+        raise ValueError(f"not a compressed RLE: {reprlib.repr(counts)}")
     ends = np.flatnonzero(last)
     starts = np.concatenate([[0], ends[:-1] + 1])
     lengths = ends - starts + 1
     if lengths.max() > 8:
-        raise ValueError(f"not a compressed RLE, a run is too long: {counts!r}")
+        raise ValueError(f"not a compressed RLE, a run is too long: {reprlib.repr(counts)}")
     shifts = 5 * (np.arange(len(groups)) - np.repeat(starts, lengths))
     runs = np.add.reduceat((groups & 31) << shifts, starts)
     runs -= ((groups[ends] & 16) != 0) * (1 << 5 * lengths)

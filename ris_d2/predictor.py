@@ -1,6 +1,7 @@
 """The call a user's program makes: an image and sentences in, masks out."""
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 
@@ -8,9 +9,10 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from .checkpoint import RISCheckpointer
+from .data.images import read_image, to_rgb
 from .data.mapper import ReferringMapper
 
 logger = logging.getLogger(__name__)
@@ -23,7 +25,8 @@ class Predictor:
 
     The weights are MODEL.WEIGHTS, over MODEL.INIT where they leave something open. Masks have the
     image's own size; TEST.RESOLUTION, which belongs to evaluation protocols, is ignored. The image is
-    encoded once for all sentences of a call.
+    encoded once for all sentences of a call. Words that the tokenizer does not know and sentences
+    that are too long for it are named by a warning of every call.
 
     Example:
         cfg = load_config("configs/shared_ris_beit3_b.yaml", ["MODEL.WEIGHTS", "model_best.pth"])
@@ -46,6 +49,7 @@ class Predictor:
         if not cfg.MODEL.WEIGHTS:
             logger.warning("MODEL.WEIGHTS is empty: the masks of an untrained model mean nothing")
         self.mapper = ReferringMapper(cfg, is_train=False)
+        self.mapper.tokenizer.warnings_left = math.inf  # a person asks here, every time
 
     @torch.no_grad()
     def __call__(self, image: ImageInput, sentences: str | Sequence[str]) -> list[dict]:
@@ -94,53 +98,12 @@ def load_rgb(image: ImageInput) -> np.ndarray:
             object is of another kind.
     """
     if isinstance(image, (str, os.PathLike)):
-        return _read_file(image)
-    if isinstance(image, Image.Image):
-        return _pil_to_rgb(image)
-    if isinstance(image, np.ndarray):
-        return _array_to_rgb(image)
+        return read_image(image)
+    if isinstance(image, (Image.Image, np.ndarray)):
+        return to_rgb(image)
     raise ValueError(
         f"image must be a path, a PIL image or a uint8 numpy array, got {type(image).__name__}"
     )
-
-
-def _read_file(path: str | os.PathLike) -> np.ndarray:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no image file {os.fspath(path)!r}")
-    try:
-        with Image.open(path) as image:
-            return _pil_to_rgb(image)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow's three ways to fail
-        raise ValueError(f"{os.fspath(path)}: not a readable image ({error})") from error
-
-
-def _pil_to_rgb(image: Image.Image) -> np.ndarray:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # convert() would clip at 255 instead of scaling
-        grey = np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8)
-        return _array_to_rgb(grey)
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"a PIL image of mode {image.mode!r} has no known range of values; give it as 8-bit"
-        )
-    transparent = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    return _array_to_rgb(np.asarray(image.convert("RGBA" if transparent else "RGB")))
-
-
-def _array_to_rgb(array: np.ndarray) -> np.ndarray:
-    if array.dtype != np.uint8:
-        raise ValueError(f"an image array must be uint8 with values 0..255, got {array.dtype}")
-    channels = array.shape[2] if array.ndim == 3 else 1
-    if array.ndim not in (2, 3) or channels not in (1, 3, 4) or array.size == 0:
-        raise ValueError(
-            f"an image array must be (H,W,3) RGB, (H,W) grey or (H,W,4) RGBA, got {array.shape}"
-        )
-    if channels == 1:
-        return np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
-    if channels == 4:
-        alpha = array[..., 3:].astype(np.float32) / 255
-        return np.rint(array[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
-    return np.ascontiguousarray(array)
 
 
 def _check_sentences(sentences: str | Sequence[str]) -> list[str]:

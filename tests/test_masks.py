@@ -80,11 +80,40 @@ def test_run_lengths_of_every_kind_agree_with_pycocotools():
         ({"size": [10, 10], "counts": ""}, "compressed"),
         ({"size": [10, 10], "counts": "`"}, "compressed"),
         ({"size": [10, 10], "counts": "o" * 30 + "0"}, "too long"),
+        ({"size": [10, 10], "counts": [2**62] * 4 + [100]}, "add up"),  # 100 in 64 bits
+        ({"size": [10, 10], "counts": [101]}, "add up"),
+        ({"size": [10, 10], "counts": [10**30]}, "non-negative integers"),
+        ({"size": [10, 10], "counts": [50.0, 50.0]}, "non-negative integers"),
+        ({"size": [10, 10], "counts": [[100]]}, "non-negative integers"),
+        ({"size": [10, 10], "counts": ["100"]}, "non-negative integers"),
+        ({"size": [10, 10], "counts": 100}, "a list or a string"),
+        ({"size": 100, "counts": [100]}, "of size 100"),
+        ([[0, 0, 1e8, 0, 1e8, 1e8]], "at most the image's longer side, 10 px, outside"),
+        ([[-11, 0, 5, 0, 5, 5]], "reach from -11 to 5"),
+        ([[0, 0, 5, 0, 5, 10**400]], "finite"),
+        ([[0, 0, 5, 0, 5, None]], "finite"),
+        ([[0, 0, 9, 9] * 60_000], "outlines are 1,08.* px long"),
+        ([[0, 0, 5, 0, 5, 5], {"size": [10, 10], "counts": [100]}], "flat list"),
     ],
 )
 def test_malformed_segmentation_is_an_error(segmentation, message):
     with pytest.raises(ValueError, match=message):
         rasterize(segmentation, 10, 10)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, -1), (2.0, 5), (10**5, 10**5), (2**40, 2**40)])
+def test_sizes_that_no_mask_has(size):
+    for segmentation in ([[0, 0, 1, 0, 1, 1]], {"size": list(size), "counts": [25]}):
+        with pytest.raises(ValueError, match="positive sides and at most 89,478,485 pixels"):
+            rasterize(segmentation, *size)
+
+
+def test_polygons_may_reach_over_the_edge():
+    inside = [[0, 0, 10, 0, 10, 10, 0, 10]]
+    outside = [[-10, -10, 20, -10, 20, 20, -10, 20]]
+    np.testing.assert_array_equal(rasterize(outside, 10, 10), rasterize(inside, 10, 10))
+    detailed = 30 * np.random.default_rng(0).random(4000) - 10  # long for its size, and drawn
+    assert rasterize([detailed.tolist()], 10, 10).any()
 
 
 @pytest.mark.parametrize("order", ["C", "F"])

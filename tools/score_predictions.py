@@ -12,6 +12,7 @@ from detectron2.utils.logger import setup_logger
 
 import ris_d2  # noqa: F401  (registers the datasets)
 from ris_d2.evaluation import score_predictions
+from ris_d2.masks import SAMPLES
 
 
 def main() -> None:
@@ -26,10 +27,22 @@ def main() -> None:
         metavar=("HEIGHT", "WIDTH"),
         help="of all masks, as in TEST.RESOLUTION; default: each image's original size",
     )
+    parser.add_argument(
+        "--sample",
+        choices=sorted(SAMPLES),
+        default="corner",
+        help="of ground truth that is resized, as in TEST.SAMPLE",
+    )
     args = parser.parse_args()
     setup_logger(name="ris_d2")
     resolution = tuple(args.resolution) if args.resolution else None
-    score_predictions(args.dataset, args.predictions, output_dir=args.output, resolution=resolution)
+    score_predictions(
+        args.dataset,
+        args.predictions,
+        output_dir=args.output,
+        resolution=resolution,
+        sample=args.sample,
+    )
 
 
 if __name__ == "__main__":

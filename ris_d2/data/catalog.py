@@ -12,7 +12,7 @@ from ..io import dataset_root
 from .classes import COCO_48_17, GROUPS, load_class_list, select_classes
 from .grefer import load_grefer
 from .phrasecut import load_phrasecut
-from .records import forget_instances, load_instances
+from .records import Skipped, forget_instances, load_instances
 from .refclef import load_refclef
 from .refer import MissingSplitError, load_refer
 from .ris_json import load_ris_json
@@ -50,8 +50,12 @@ class Dataset:
         evaluation = [split for split in self.splits if split != "train"]
         return ("train_seen", *(f"{s}_{kind}" for s in evaluation for kind in (*GROUPS, "open")))
 
-    def load(self, root: str, split: str) -> list[dict]:
-        """Read the records of ``split`` from the files under ``root``."""
+    def load(self, root: str, split: str, *, skipped: Skipped | None = None) -> list[dict]:
+        """Read the records of ``split`` from the files under ``root``.
+
+        Args:
+            skipped: counts what cannot be used in the file of a split that is not by object class.
+        """
         if split in self.class_splits():
             return self._load_classes(root, *split.split("_"))
         paths, image_root = self.paths(root, split), os.path.join(root, self.image_root)
@@ -63,8 +67,8 @@ class Dataset:
                 "the files, datasets/prepare.py what is there"
             )
         if self.reader is load_phrasecut:  # one file per split
-            return self.reader(*paths, image_root, source=self.source)
-        return self.reader(*paths, image_root, split, source=self.source)
+            return self.reader(*paths, image_root, source=self.source, skipped=skipped)
+        return self.reader(*paths, image_root, split, source=self.source, skipped=skipped)
 
     def _load_classes(self, root: str, split: str, kind: str) -> list[dict]:
         records = self.load(root, split)

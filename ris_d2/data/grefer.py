@@ -3,7 +3,7 @@
 import os
 
 from ..io import load_json, load_pickle
-from .records import field
+from .records import Skipped
 from .refer import records_of_refs
 
 
@@ -15,11 +15,13 @@ def load_grefer(
     *,
     source: str = "grefcoco",
     text_field: str = "raw",
+    skipped: Skipped | None = None,
 ) -> list[dict]:
     """Read one split of gRefCOCO (github.com/henghuiding/gRefCOCO).
 
     As ``load_refer``, except that ``ann_id`` is a list; ``[-1]`` or ``no_target: true`` gives
-    expressions with ``annotation_ids == []``.
+    expressions with ``annotation_ids == []``. Annotations of crowds are no part of the ground truth,
+    as in ReLA (gres_model/data/datasets/grefcoco.py); a ref with no other target is left out.
 
     Args:
         grefs_path: ``grefs(unc).json``, or the same list as a pickle, ``grefs(unc).p``.
@@ -33,22 +35,20 @@ def load_grefer(
         split=split,
         source=source,
         text_field=text_field,
-        annotation_ids_of=_annotations,
+        annotation_ids_of=_annotation_ids,
+        crowds=False,
+        skipped=skipped,
     )
 
 
-def _annotations(ref: dict, where: str) -> list[int]:
-    value = ref.get("ann_id")
-    ids = value if isinstance(value, list) else [value]
-    ids = [field({"ann_id": one}, "ann_id", int, where) for one in ids]
-    no_target = ref.get("no_target", False)
-    if not isinstance(no_target, bool):
-        raise ValueError(f"{where}: field 'no_target' must be true or false, not {no_target!r}")
-    if ids == [-1] or (no_target and not ids):
+def _annotation_ids(ref: dict) -> list[int]:
+    ids, no_target = ref["ann_id"], ref.get("no_target", False)
+    ids = ids if isinstance(ids, list) else [ids]
+    if ids == [-1] or (no_target is True and not ids):
         return []
-    if no_target or -1 in ids or not ids:
+    if no_target is not False or not ids:
         raise ValueError(
-            f"{where}: field 'ann_id' is {ids} and 'no_target' is {no_target}; no target is "
-            "[-1], anything else lists annotation ids"
+            f"field 'ann_id' is {ids} and 'no_target' is {no_target!r}; no target is [-1], "
+            "anything else lists annotation ids"
         )
     return ids

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.structures import BitMasks, Instances
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import log_first_n
 
 from ..masks import SAMPLES, rasterize, resize_nearest
 from .geometry import GEOMETRIES, INTERPOLATIONS, Placement, place, random_affine, resize_image
+from .images import read_image
 from .tokenizer import Tokenizer
 from .units import UNITS, draw_unit, take
 
@@ -288,32 +288,6 @@ class ReferringMapper:
                 mask, placement.height, placement.width, sample=self.mask_sample
             )
         return masks
-
-
-def read_image(file_name: str) -> np.ndarray:
-    """Read an image as uint8 (H,W,3) RGB, turned as its EXIF orientation says.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file; not an image, or cut short.
-    """
-    try:
-        with PathManager.open(file_name, "rb") as file:
-            data = file.read()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{file_name}: no such image; are the images under $DETECTRON2_DATASETS complete?"
-        ) from error
-    image = None
-    if data and not _is_cut_jpeg(data):
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    if image is None:
-        raise ValueError(f"{file_name}: not an image, or one that is damaged ({len(data)} bytes)")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def _is_cut_jpeg(data: bytes) -> bool:
-    # No end marker after the last scan: OpenCV 4 would fill the rest of the image with grey.
-    return data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
 
 
 # Whole words: "bright" and "upright" stay. "right" as in "directly" or "correct" cannot be told

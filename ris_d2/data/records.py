@@ -1,16 +1,23 @@
-"""What the readers share: typed fields with clear errors, the instances, records per image."""
+"""What the readers share: what is skipped, typed fields, the instances, records per image."""
 
 import functools
+import itertools
+import logging
+import math
+import operator
 import os
+import reprlib
+from collections import defaultdict
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
 from detectron2.structures import BoxMode
+from detectron2.utils.logger import log_first_n
 from pycocotools import mask as coco_mask
 
 from .. import masks
-from ..io import load_json
+from ..io import load_json, reading
 
 _KIND_NAMES = {
     int: "an integer",
@@ -19,6 +26,55 @@ _KIND_NAMES = {
     list: "a list",
     dict: "an object",
 }
+
+
+class Skipped:
+    """What a reader met that cannot be used as it is.
+
+    Published files have flaws that their authors did not mend: the flawed part is left out or
+    mended, counted here, and logged once. In the user's own file each of them is an error.
+
+    Args:
+        strict: raise instead of counting.
+
+    Attributes:
+        expressions: (image id, ref id, number of expressions) of whatever was left out as a whole.
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self.expressions: list[tuple[int, int, int]] = []
+        self._strict = strict
+        self._parts: dict[str, set] = defaultdict(set)
+
+    def part(self, kind: str, key: Any, problem: str = "") -> None:
+        """Count one ``kind``; the same ``key`` counts once, as splits and refs share annotations.
+
+        Args:
+            kind: in the plural, e.g. "blank sentences".
+            problem: what to say instead of ``kind`` where it is an error.
+
+        Raises:
+            ValueError: strict.
+        """
+        if self._strict:
+            raise ValueError(problem or kind)
+        self._parts[kind].add(key)
+
+    def whole(
+        self, kind: str, image_id: int, ref_id: int, count: int = 1, *, problem: str = ""
+    ) -> None:
+        """Count a ``kind`` with which ``count`` expressions of a ref are left out."""
+        self.part(kind, len(self.expressions), problem)
+        self.expressions.append((image_id, ref_id, count))
+
+    def __str__(self) -> str:
+        return "; ".join(f"{kind}: {len(keys):,}" for kind, keys in self._parts.items())
+
+    def log(self, name: str) -> None:
+        """Warn of what there is, once per process however often the file is read."""
+        if self._parts:
+            message = f"{name}: {self}"
+            log_first_n(logging.WARNING, message, name=__name__, key="message")
 
 
 def field(obj: Any, key: str, kind: type, where: str) -> Any:
@@ -48,19 +104,18 @@ def text_field(obj: dict, key: str, where: str) -> str:
     """``field`` for a text that must not be blank."""
     text = field(obj, key, str, where)
     if not text.strip():
-        raise ValueError(f"{where}: field {key!r} is an empty expression")
+        raise ValueError(f"{where}: field {key!r} is empty")
     return text
 
 
 def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."
+    return reprlib.repr(value)
 
 
 class InstanceTable:
     """Images, annotations and categories of one COCO-style json, found by id.
 
-    Only what is asked for is checked, so that a large file costs its parsing and little more.
+    Only what is asked for is looked at, so that a large file costs its parsing and little more.
     Annotation ids that are strings in the file (RefCLEF) become positions, counted from 1.
 
     Args:
@@ -73,94 +128,91 @@ class InstanceTable:
 
     def __init__(self, path: str, data: dict) -> None:
         self.path = path
-        images = field(data, "images", list, path)
-        annotations = field(data, "annotations", list, path)
-        categories = field(data, "categories", list, path) if "categories" in data else []
-        self._images = self._by_id(images, "images")
-        self._annotations = self._by_id(annotations, "annotations")
-        self._positions = None
-        if any(isinstance(annotation_id, str) for annotation_id in self._annotations):
-            self._positions = {id_: i for i, id_ in enumerate(self._annotations, start=1)}
-        categories = self._by_id(categories, "categories")
-        category_ids = sorted(categories)
-        self._categories = [categories[category_id] for category_id in category_ids]
-        self._category_index = {category_id: i for i, category_id in enumerate(category_ids)}
-        self._has_categories = "categories" in data
-
-    def _by_id(self, items: list, name: str) -> dict:
-        try:
-            found = {item["id"]: item for item in items}
-        except (KeyError, TypeError):
-            position = next(i for i, item in enumerate(items) if not _has_hashable_id(item))
-            raise ValueError(f"{self.path}: {name}[{position}]: no usable field 'id'") from None
-        if len(found) != len(items):
-            seen: set = set()
-            twice = next(item["id"] for item in items if item["id"] in seen or seen.add(item["id"]))
-            raise ValueError(f"{self.path}: {name}: id {twice!r} occurs twice")
-        return found
+        with reading(path):
+            self._images = by_id(field(data, "images", list, path), "image")
+            self._annotations = by_id(field(data, "annotations", list, path), "annotation")
+            self._positions = None
+            if any(isinstance(annotation_id, str) for annotation_id in self._annotations):
+                self._positions = {id_: i for i, id_ in enumerate(self._annotations, start=1)}
+            self._has_categories = "categories" in data
+            categories = by_id(data.get("categories", []), "category")
+            category_ids = sorted(categories)
+            self._categories = [categories[category_id] for category_id in category_ids]
+            self._category_index = {category_id: i for i, category_id in enumerate(category_ids)}
 
     def category_names(self) -> list[str]:
         """The categories' names, in the order of the contiguous ids that annotations get."""
         where = f"{self.path}: categories"
         return [text_field(category, "name", where) for category in self._categories]
 
-    def image(self, image_id: int, where: str) -> dict:
+    def image(self, image_id: int) -> dict:
         """Return {"file_name" (as in the file), "image_id", "height", "width"} of one image."""
         if image_id not in self._images:
-            raise ValueError(f"{where}: image_id {image_id} is not among the images of {self.path}")
+            raise ValueError(f"there is no image with the id {_shown(image_id)}")
         item, here = self._images[image_id], f"{self.path}: image {image_id}"
-        image = {
-            "file_name": text_field(item, "file_name", here),
-            "image_id": field(item, "id", int, here),
-            "height": field(item, "height", int, here),
-            "width": field(item, "width", int, here),
-        }
-        for side in ("height", "width"):
-            if image[side] <= 0:
-                raise ValueError(f"{here}: field {side!r} must be positive, not {image[side]}")
-        return image
+        return make_image(item, text_field(item, "file_name", here), "id", here)
 
-    def annotation(self, annotation_id: int | str, image: dict, where: str) -> dict:
-        """Return one annotation of ``image`` in record form."""
+    def annotation(self, annotation_id: int | str, image: dict, skipped: Skipped) -> dict | None:
+        """Return one annotation of ``image`` in record form; None where no part can be drawn."""
         if annotation_id not in self._annotations:
+            raise ValueError(f"there is no annotation with the id {_shown(annotation_id)}")
+        item, entry = self._annotations[annotation_id], f"annotation {annotation_id!r}"
+        if item["image_id"] != image["image_id"]:
             raise ValueError(
-                f"{where}: annotation {annotation_id!r} is not among the annotations of {self.path}"
+                f"{entry} is on image {_shown(item['image_id'])}, the expression on image "
+                f"{image['image_id']}"
             )
-        item, here = self._annotations[annotation_id], f"{self.path}: annotation {annotation_id!r}"
-        image_id = field(item, "image_id", int, here)
-        if image_id != image["image_id"]:
-            raise ValueError(
-                f"{where}: annotation {annotation_id!r} is on image {image_id}, "
-                f"the expression on image {image['image_id']}"
+        here = f"{self.path}: {entry}"
+        with reading(self.path, entry):
+            shape = drawable(
+                item.get("segmentation"), item.get("bbox"), image, skipped, key=annotation_id
             )
-        segmentation = checked_segmentation(item, image["height"], image["width"], here)
-        if "bbox" in item:
-            bbox = checked_box(field(item, "bbox", list, here), f"{here}: field 'bbox'")
-        else:
-            bbox = box_of(segmentation, image["height"], image["width"])
-        iscrowd = field(item, "iscrowd", int, here) if "iscrowd" in item else 0
-        return {
-            "id": self._positions[annotation_id] if self._positions else annotation_id,
-            "segmentation": segmentation,
-            "bbox": bbox,
-            "bbox_mode": BoxMode.XYWH_ABS,
-            "category_id": self._category(item, here),
-            "iscrowd": iscrowd,
-        }
+            return shape and {
+                "id": self._positions[annotation_id] if self._positions else as_id(annotation_id),
+                **shape,
+                "category_id": self._category(item, here),
+                "iscrowd": field(item, "iscrowd", int, here) if "iscrowd" in item else 0,
+            }
 
     def _category(self, item: dict, where: str) -> int:
         if not self._has_categories:
             return 0
         category_id = field(item, "category_id", int, where)
         if category_id not in self._category_index:
-            raise ValueError(
-                f"{where}: category_id {category_id} is not among the file's categories"
-            )
+            raise ValueError(f"category_id {category_id} is not among the file's categories")
         return self._category_index[category_id]
 
 
-def _has_hashable_id(item: Any) -> bool:
-    return isinstance(item, dict) and isinstance(item.get("id"), Integral | str)
+def by_id(items: list, name: str, key: str = "id") -> dict:
+    """{item[key]: item}; ``ValueError`` names the item without a usable id, or the second of one."""
+    found = {}
+    for position, item in enumerate(items):
+        if not isinstance(item, dict) or not isinstance(item.get(key), Integral | str):
+            raise ValueError(f"{name} {position} (from 0) has no usable field {key!r}")
+        if item[key] in found:
+            raise ValueError(f"{name}: {key} {_shown(item[key])} occurs twice")
+        found[item[key]] = item
+    return found
+
+
+def as_id(value: Any) -> int:
+    """An id as int; TypeError or OverflowError where it is none that arrays can hold."""
+    value = int(operator.index(value))
+    if value.bit_length() > 63:
+        raise OverflowError("an id of more than 64 bits")
+    return value
+
+
+def make_image(item: dict, file_name: str, id_key: str, where: str) -> dict:
+    """What a record says of its image, from an entry of the file's image table."""
+    image = {
+        "file_name": file_name,
+        "height": field(item, "height", int, where),
+        "width": field(item, "width", int, where),
+    }
+    with reading(where):
+        masks.check_size(image["height"], image["width"])
+        return {**image, "image_id": as_id(item[id_key])}
 
 
 def load_instances(path: str | os.PathLike) -> InstanceTable:
@@ -186,54 +238,69 @@ def forget_instances() -> None:
     _load_instances.cache_clear()
 
 
-def checked_segmentation(item: dict, height: int, width: int, where: str) -> list | dict:
-    """Return ``item["segmentation"]`` as polygons or one RLE dict; a list of RLE is united.
+def drawable(segmentation: Any, box: Any, image: dict, skipped: Skipped, key: Any) -> dict | None:
+    """The fields of an annotation that say where it is; None where nothing of it can be drawn.
 
-    Raises:
-        ValueError: no polygon, one with an odd number of coordinates or fewer than three points,
-            or an RLE of another size than the image.
+    Args:
+        segmentation: polygons, an RLE, or a list of RLE, which are united (RefCLEF).
+        box: XYWH; None, or one that is none: that of the mask.
+        image: with "height" and "width".
+        key: of the annotation, to count it by.
+
+    Returns:
+        {"segmentation": polygons or one RLE, "bbox": [x, y, width, height], "bbox_mode"}.
     """
-    where = f"{where}: field 'segmentation'"
-    segmentation = item.get("segmentation")
-    if isinstance(segmentation, list) and segmentation and isinstance(segmentation[0], dict):
-        parts = [_checked_rle(part, height, width, where) for part in segmentation]
-        if len(parts) == 1:
-            return parts[0]
-        return masks.encode(masks.union([masks.rasterize(part, height, width) for part in parts]))
-    if isinstance(segmentation, dict):
-        return _checked_rle(segmentation, height, width, where)
-    if not isinstance(segmentation, list) or not segmentation:
-        raise ValueError(f"{where}: must be polygons or RLE, not {_shown(segmentation)}")
-    for polygon in segmentation:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError(
-                f"{where}: a polygon is a list of 6 or more numbers x0, y0, x1, y1, ..., "
-                f"an even number of them, not {_shown(polygon)}"
-            )
-    return segmentation
+    height, width = image["height"], image["width"]
+    parts = [segmentation] if isinstance(segmentation, dict) else segmentation
+    if not isinstance(parts, list) or not parts:
+        problem = f"field 'segmentation': must be polygons or RLE, not {_shown(segmentation)}"
+        skipped.part("annotations without a mask", key, problem)
+        return None
+    usable = []
+    for number, part in enumerate(parts):
+        try:
+            masks.check_part(part, height, width)
+            usable.append(part)
+        except ValueError as error:
+            problem = f"field 'segmentation': {error}"
+            skipped.part("polygons or RLE that cannot be drawn", (key, number), problem)
+    if not usable:
+        return None
+    if any(isinstance(part, dict) for part in usable):
+        if len(usable) > 1:
+            drawn = [p if isinstance(p, dict) else [p] for p in usable]
+            united = masks.union([masks.rasterize(part, height, width) for part in drawn])
+            usable = [masks.encode(united)]
+        usable = usable[0]
+    if box is not None and not _is_box(box):
+        problem = f"field 'bbox': must be four numbers x, y, width, height, not {_shown(box)}"
+        skipped.part("boxes that are none (the masks' are taken)", key, problem)
+        box = None
+    if box is None:
+        box = coco_mask.toBbox(masks.encode(masks.rasterize(usable, height, width)))
+    return {
+        "segmentation": usable,
+        "bbox": [float(value) for value in box],
+        "bbox_mode": BoxMode.XYWH_ABS,
+    }
 
 
-def _checked_rle(rle: Any, height: int, width: int, where: str) -> dict:
-    size = field(rle, "size", list, where)
-    if size != [height, width]:
-        raise ValueError(f"{where}: the RLE's size is {size}, the image's [{height}, {width}]")
-    if not isinstance(rle.get("counts"), str | list):
-        raise ValueError(f"{where}: an RLE's counts are a string or a list, not {_shown(rle)}")
-    return rle
+def _is_box(box: Any) -> bool:
+    if not isinstance(box, list) or len(box) != 4:
+        return False
+    are_numbers = all(isinstance(v, Real) and not isinstance(v, bool) for v in box)
+    return are_numbers and all(map(math.isfinite, box)) and min(box[2:]) >= 0
 
 
-def checked_box(box: Any, where: str) -> list[float]:
-    """Return an XYWH box as four floats, or raise ValueError."""
-    is_box = isinstance(box, list) and len(box) == 4
-    if not is_box or not all(isinstance(v, Real) and not isinstance(v, bool) for v in box):
-        raise ValueError(f"{where}: must be four numbers x, y, width, height, not {_shown(box)}")
-    return [float(v) for v in box]
-
-
-def box_of(segmentation: list | dict, height: int, width: int) -> list[float]:
-    """The XYWH box of a checked segmentation's mask."""
-    rle = masks.encode(masks.rasterize(segmentation, height, width))
-    return [float(v) for v in coco_mask.toBbox(rle)]
+def without_crowds(annotations: Iterable[dict], skipped: Skipped) -> list[dict]:
+    """The annotations that are no crowds; the others are counted."""
+    kept = []
+    for annotation in annotations:
+        if annotation["iscrowd"]:
+            skipped.part("crowds left out of the ground truth", annotation["id"])
+        else:
+            kept.append(annotation)
+    return kept
 
 
 class RecordBuilder:
@@ -242,14 +309,17 @@ class RecordBuilder:
     Args:
         image_root: directory in front of the images' file names.
         source: name of the dataset family, kept in each record.
+        skipped: told of expressions that are none, and of repeated ids.
     """
 
-    def __init__(self, *, image_root: str, source: str) -> None:
+    def __init__(self, *, image_root: str, source: str, skipped: Skipped) -> None:
         self._image_root = image_root
         self._source = source
+        self._skipped = skipped
         self._records: dict[int, dict] = {}
         self._annotations: dict[int, dict[int, dict]] = {}
         self._expression_ids: set[int] = set()
+        self._new_ids = itertools.count(-1, -1)
 
     def add(
         self,
@@ -259,24 +329,32 @@ class RecordBuilder:
         ref_id: int,
         text: str,
         annotations: Iterable[dict],
-        where: str,
     ) -> None:
         """Add one expression; no annotations means that it refers to nothing.
+
+        A text without letter or digit is left out here, at loading, and whatever the tokenizer does
+        to texts: so all methods train and are scored on the same expressions, and no worker meets a
+        sentence that its tokenizer's cleaning empties. An id that an earlier expression has is
+        replaced by a negative one: every sentence counts, as in the public loaders.
 
         Args:
             image: {"file_name", "image_id", "height", "width"}.
             annotations: in record form.
-            where: file and record, for messages.
-
-        Raises:
-            ValueError: the expression's id has been added before.
         """
-        if expression_id in self._expression_ids:
-            raise ValueError(
-                f"{where}: the expression id {expression_id} occurs twice in this split"
-            )
-        self._expression_ids.add(expression_id)
         image_id = image["image_id"]
+        expression_id, ref_id = as_id(expression_id), as_id(ref_id)
+        str.encode(text)  # half a pair of surrogates is no text, and no tokenizer takes it
+        if not any(map(str.isalnum, str.strip(text))):
+            kind = "sentences without a letter or digit" if text.strip() else "blank sentences"
+            problem = f"the text {_shown(text)} has no letter or digit"
+            self._skipped.whole(kind, image_id, ref_id, problem=problem)
+            return
+        if expression_id in self._expression_ids:
+            problem = f"the expression id {expression_id} occurs twice"
+            new_id = next(self._new_ids)
+            self._skipped.part("repeated sentence ids (replaced)", new_id, problem)
+            expression_id = new_id
+        self._expression_ids.add(expression_id)
         if image_id not in self._records:
             file_name = os.path.join(self._image_root, image["file_name"])
             self._records[image_id] = {

@@ -2,9 +2,9 @@
 
 import logging
 import os
-from numbers import Integral
 
 from ..io import load_pickle
+from .records import Skipped
 from .refer import records_of_refs
 
 logger = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ def load_refclef(
     *,
     source: str = "refclef",
     text_field: str = "raw",
+    skipped: Skipped | None = None,
 ) -> list[dict]:
     """Read one split of RefCLEF; as ``load_refer`` except for the following.
 
@@ -40,23 +41,15 @@ def load_refclef(
         split=split,
         source=source,
         text_field=text_field,
-        annotation_ids_of=_annotation,
+        annotation_ids_of=lambda ref: [ref["ann_id"]],
+        skipped=skipped,
     )
-    if not os.path.exists(records[0]["file_name"]):
+    if records and not os.path.exists(records[0]["file_name"]):
         in_folders = [_in_folder(record["file_name"]) for record in records]
         if os.path.exists(in_folders[0]):
             for record, file_name in zip(records, in_folders):
                 record["file_name"] = file_name
     return [record for record in records if not _known_missing(record)]
-
-
-def _annotation(ref: dict, where: str) -> list[str | int]:
-    annotation_id = ref.get("ann_id")
-    if isinstance(annotation_id, str) or (
-        isinstance(annotation_id, Integral) and not isinstance(annotation_id, bool)
-    ):
-        return [annotation_id]
-    raise ValueError(f"{where}: field 'ann_id' must be a string, not {annotation_id!r}")
 
 
 def _in_folder(file_name: str) -> str:

@@ -3,9 +3,8 @@
 import os
 from collections.abc import Callable
 
-from ..io import load_pickle
-from .records import RecordBuilder, field, load_instances
-from .records import text_field as read_text
+from ..io import load_pickle, reading
+from .records import RecordBuilder, Skipped, as_id, load_instances, without_crowds
 
 
 class MissingSplitError(ValueError):
@@ -20,6 +19,7 @@ def load_refer(
     *,
     source: str,
     text_field: str = "raw",
+    skipped: Skipped | None = None,
 ) -> list[dict]:
     """Read one split of a REFER dataset (github.com/lichengunc/refer).
 
@@ -30,6 +30,7 @@ def load_refer(
         split: train, val, testA, testB, testC or test.
         source: family name kept in the records, e.g. "refcoco".
         text_field: "raw" (the annotator's text) or "sent" (REFER's: lower case, no punctuation).
+        skipped: counts what cannot be used, e.g. refs without sentences; it is logged as well.
 
     Returns:
         One record per image, in the order of the refs; see datasets/README.md.
@@ -37,8 +38,8 @@ def load_refer(
     Raises:
         FileNotFoundError: one of the two files is missing.
         MissingSplitError: no ref belongs to ``split``.
-        ValueError: a field is missing or malformed, an id is unknown or occurs twice, a text is
-            empty; names file, record and field.
+        ValueError: the file is damaged or of another format (a field that is missing, an unknown
+            id); names file and ref.
     """
     return records_of_refs(
         load_pickle(refs_path),
@@ -48,12 +49,9 @@ def load_refer(
         split=split,
         source=source,
         text_field=text_field,
-        annotation_ids_of=_single_annotation,
+        annotation_ids_of=lambda ref: [ref["ann_id"]],
+        skipped=skipped,
     )
-
-
-def _single_annotation(ref: dict, where: str) -> list[int]:
-    return [field(ref, "ann_id", int, where)]
 
 
 def records_of_refs(
@@ -65,58 +63,64 @@ def records_of_refs(
     split: str,
     source: str,
     text_field: str,
-    annotation_ids_of: Callable[[dict, str], list],
+    annotation_ids_of: Callable[[dict], list],
+    crowds: bool = True,
+    skipped: Skipped | None = None,
 ) -> list[dict]:
     """The part of ``load_refer`` that gRefCOCO and RefCLEF share.
 
     Args:
         refs: content of ``refs_path``.
-        annotation_ids_of: (ref, where) -> the annotation ids that it refers to, [] for none.
+        annotation_ids_of: ref -> the annotation ids that it refers to, [] for none.
+        crowds: keep annotations of crowds among the targets.
     """
     if text_field not in ("raw", "sent"):
         raise ValueError(f"text_field is {text_field!r}, it must be 'raw' or 'sent'")
     if not isinstance(refs, list):
         raise ValueError(f"{refs_path}: must hold a list of refs, not {type(refs).__name__}")
     table = load_instances(instances_path)
-    builder = RecordBuilder(image_root=image_root, source=source)
-    splits, ref_ids = set(), set()
+    skipped = skipped or Skipped()
+    builder = RecordBuilder(image_root=image_root, source=source, skipped=skipped)
+    splits, found = set(), False
     for position, ref in enumerate(refs):
-        where = f"{refs_path}: ref {position}"
-        ref_split = field(ref, "split", str, where)
-        splits.add(ref_split)
-        if not _belongs(ref_split, split):
-            continue
-        ref_id = field(ref, "ref_id", int, where)
-        if ref_id in ref_ids:
-            raise ValueError(f"{where}: ref_id {ref_id} occurs twice in this split")
-        ref_ids.add(ref_id)
-        where = f"{where} (ref_id {ref_id})"
-        image = table.image(field(ref, "image_id", int, where), where)
-        annotation_ids = annotation_ids_of(ref, where)
-        annotations = [table.annotation(i, image, where) for i in annotation_ids]
-        sentences = field(ref, "sentences", list, where)
-        if not sentences:
-            raise ValueError(f"{where}: field 'sentences' is empty")
-        for number, sentence in enumerate(sentences):
-            here = f"{where}, sentence {number}"
-            builder.add(
-                image=image,
-                expression_id=field(sentence, "sent_id", int, here),
-                ref_id=ref_id,
-                text=read_text(sentence, text_field, here),
-                annotations=annotations,
-                where=here,
-            )
-    if not ref_ids:
+        with reading(refs_path, f"ref {position} (from 0)"):
+            splits.add(ref["split"])
+            if not _belongs(ref["split"], split):
+                continue
+            found = True
+            image, ref_id = table.image(ref["image_id"]), as_id(ref["ref_id"])
+            annotation_ids = annotation_ids_of(ref)
+            made = (table.annotation(id_, image, skipped) for id_ in annotation_ids)
+            annotations = [annotation for annotation in made if annotation]
+            if not crowds:
+                annotations = without_crowds(annotations, skipped)
+            sentences = ref["sentences"]
+            if not sentences:
+                skipped.whole("refs without sentences", image["image_id"], ref_id, 0)
+            elif annotation_ids and not annotations:
+                kind = "refs without an annotation that can be used"
+                skipped.whole(kind, image["image_id"], ref_id, len(sentences))
+            else:
+                for sentence in sentences:
+                    builder.add(
+                        image=image,
+                        expression_id=sentence["sent_id"],
+                        ref_id=ref_id,
+                        text=sentence[text_field],
+                        annotations=annotations,
+                    )
+    if not found:
         raise MissingSplitError(
             f"{refs_path}: no ref belongs to split {split!r}; the file has {sorted(splits)}"
         )
+    skipped.log(f"{refs_path}, split {split}")
     return builder.records()
 
 
 def _belongs(ref_split: str, split: str) -> bool:
+    is_test = str.startswith(ref_split, "test")
     # REFER's rule: a ref of split testAB belongs to testA and to testB (RefCLEF).
     if ref_split == split:
         return True
     is_lettered_test = len(split) == 5 and split.startswith("test")
-    return is_lettered_test and ref_split.startswith("test") and split[4] in ref_split[4:]
+    return is_lettered_test and is_test and split[4] in ref_split[4:]

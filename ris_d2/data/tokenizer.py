@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.utils.logger import log_first_n
 
-from ..io import dataset_root
+from ..io import dataset_root, reading
 
 __all__ = ["Tokenizer", "clean_text"]
+
+logger = logging.getLogger(__name__)
 
 _DELETED = str.maketrans({**dict.fromkeys(".,'!?\"()*#:;"), "-": " ", "/": " "})
 # Files that a kind is read from, in this order of preference.
@@ -60,6 +61,8 @@ class Tokenizer:
     Attributes:
         vocab_size: number of rows that an embedding table needs.
         start_id, end_id, pad_id: int.
+        warnings_left: calls that may still warn of unknown words and of sentences that are cut. Few
+            at first, for a loader calls for every sentence of a data set; Predictor sets infinity.
     """
 
     @configurable
@@ -86,7 +89,19 @@ class Tokenizer:
             )
         self.kind, self.max_tokens, self.clean = kind, max_tokens, clean
         self.file = _find_file(kind, path)
+        self.warnings_left = 5
         self._pieces = self._fast = None
+        if self.file.suffix == ".spm":
+            _require_sentencepiece(self.file)
+        with reading(self.file):
+            self._load()
+        if set(self._encode([_PROBE])[0]) <= {self._unknown_id}:
+            raise ValueError(
+                f"{self.file}: not a usable {kind} tokenizer: of its {self.vocab_size} tokens none "
+                f"is in {_PROBE!r}. Is the file complete and of that kind? {_ADVICE[kind]}"
+            )
+
+    def _load(self) -> None:
         if self.file.suffix == ".spm":
             self._pieces = _load_pieces(self.file)
             self.start_id, self.pad_id, self.end_id, self._unknown_id = _BEIT3_SPECIAL.values()
@@ -94,15 +109,10 @@ class Tokenizer:
         else:
             # The data loader forks; the library's threads would not survive that and it warns.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-            self._fast = _load_fast(kind, self.file)
-            self.start_id, self.end_id, self.pad_id = _special_ids(kind, self._fast, self.file)
+            self._fast = _load_fast(self.kind, self.file)
+            self.start_id, self.end_id, self.pad_id = _special_ids(self.kind, self._fast, self.file)
             self._unknown_id = self._fast.unk_token_id
             self.vocab_size = len(self._fast)
-        if self._knows_nothing_of(self._encode([_PROBE])[0]):
-            raise ValueError(
-                f"{self.file}: not a usable {kind} tokenizer: of its {self.vocab_size} tokens none "
-                f"is in {_PROBE!r}. Is the file complete and of that kind? {_ADVICE[kind]}"
-            )
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -117,22 +127,49 @@ class Tokenizer:
     def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the ``input_ids`` int64 (E,L) and ``text_mask`` bool (E,L), True = real token.
 
+        A call with words that the tokenizer does not know, or with sentences that are too long, logs
+        one warning that names them all, as long as there are ``warnings_left``.
+
         Raises ``ValueError`` naming a text in which no word is left.
         """
-        encoded = self._encode([clean_text(text) for text in texts] if self.clean else list(texts))
+        cleaned = [clean_text(text) for text in texts] if self.clean else list(texts)
+        encoded = self._encode(cleaned)
         input_ids = torch.full((len(texts), self.max_tokens), self.pad_id)
         text_mask = torch.zeros(input_ids.shape, dtype=torch.bool)
         for row, (text, ids) in enumerate(zip(texts, encoded)):
             if not ids:
                 raise ValueError(f"the sentence {text!r} is empty: no word is left to tokenize")
-            if self._knows_nothing_of(ids):
-                log_first_n(
-                    logging.WARNING, f"The tokenizer {self.file} knows no word of {text!r}", n=5
-                )
             ids = [self.start_id, *ids[: self.max_tokens - 2], self.end_id]
             input_ids[row, : len(ids)] = torch.tensor(ids)
             text_mask[row, : len(ids)] = True
+        if self.warnings_left > 0:
+            self._warn(cleaned, encoded)
         return input_ids, text_mask
+
+    def _warn(self, texts: list[str], encoded: list[list[int]]) -> None:
+        unknown = [
+            word
+            for text, ids in zip(texts, encoded)
+            if self._unknown_id in ids
+            for word in self._unknown_words(text) or [text]
+        ]
+        most = self.max_tokens - 2
+        cut = [
+            f"{text!r} (its first {most} of {len(ids)} tokens are read)"
+            for text, ids in zip(texts, encoded)
+            if len(ids) > most
+        ]
+        if unknown:
+            words = ", ".join(map(repr, dict.fromkeys(unknown)))
+            logger.warning("The tokenizer %s does not know: %s", self.file, words)
+        if cut:
+            sentences = ", ".join(cut)
+            logger.warning("Longer than INPUT.RIS.MAX_TOKENS %d: %s", self.max_tokens, sentences)
+        self.warnings_left -= bool(unknown or cut)
+
+    def _unknown_words(self, text: str) -> list[str]:
+        words = text.split()
+        return [w for w, ids in zip(words, self._encode(words)) if self._unknown_id in ids]
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """How a person reads the ids: the pieces of words, without the marks of their edges."""
@@ -149,16 +186,14 @@ class Tokenizer:
         """Ids of the words alone."""
         if not texts:
             return []
-        if self._pieces is not None:
-            unknown = self._pieces.unk_id()
-            return [
-                [self._unknown_id if piece == unknown else piece + 1 for piece in pieces]
-                for pieces in self._pieces.encode(texts)
-            ]
-        return self._fast(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _knows_nothing_of(self, ids: list[int]) -> bool:
-        return all(i == self._unknown_id for i in ids)
+        with reading(self.file):  # what is damaged in it may be met with the first odd word
+            if self._pieces is not None:
+                unknown = self._pieces.unk_id()
+                return [
+                    [self._unknown_id if piece == unknown else piece + 1 for piece in pieces]
+                    for pieces in self._pieces.encode(texts)
+                ]
+            return self._fast(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def clean_text(text: str) -> str:
@@ -213,14 +248,19 @@ def _fetch(kind: str, name: str, tried: list[Path]) -> Path:
     )
 
 
-def _load_pieces(file: Path):
+def _require_sentencepiece(file: Path) -> None:
     try:
-        import sentencepiece
+        import sentencepiece  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f"{file} needs the package sentencepiece (pip install sentencepiece); without it, give "
             "INPUT.RIS.TOKENIZER.PATH a folder with the converted tokenizer.json"
         ) from error
+
+
+def _load_pieces(file: Path):
+    import sentencepiece
+
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:

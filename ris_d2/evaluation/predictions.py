@@ -2,14 +2,27 @@
 
 import json
 import os
+import reprlib
 from collections import OrderedDict, defaultdict
 from typing import Any
 
 import torch
 from detectron2.data import DatasetCatalog
 
-from ..masks import rasterize
+from ..io import reading
+from ..masks import check_size, rasterize
 from .evaluator import ReferringEvaluator
+
+# The types that JSON has for the fields of a line; the first two have to be there.
+_TYPES = {
+    "expression_id": (int,),
+    "segmentation": (dict,),
+    "no_target": (bool,),
+    "score": (int, float, type(None)),
+    "image_id": (int,),
+    "file_name": (str,),
+    "source": (str,),
+}
 
 
 def score_predictions(
@@ -18,6 +31,7 @@ def score_predictions(
     *,
     output_dir: str | None = None,
     resolution: tuple[int, int] | None = None,
+    sample: str = "corner",
 ) -> "OrderedDict[str, dict[str, float]]":
     """Score a file of masks, each counted as given, in the way of ``ReferringEvaluator``.
 
@@ -35,16 +49,22 @@ def score_predictions(
         output_dir: as for ReferringEvaluator.
         resolution: (height, width) of all masks; ground truth is nearest-resized to it. None: each
             mask has its image's original size.
+        sample: of ground truth that is resized, "corner" or "center" (TEST.SAMPLE).
 
     Raises:
         FileNotFoundError: no such file.
         KeyError: no dataset of this name.
-        ValueError: a line (named by its number) that is no such object, fits none or several of the
-            dataset's expressions, or has a mask of another size; an expression without a line.
+        ValueError: a line (named by its number) that is no such object, has a field of another type,
+            fits none or several of the dataset's expressions, or has a mask of another size; an
+            expression without a line; a resolution that is none.
     """
+    if resolution is not None:
+        check_size(*resolution)
     records = DatasetCatalog.get(dataset_name)
     lines = _assign(records, path)
-    evaluator = ReferringEvaluator(dataset_name, output_dir=output_dir, distributed=False)
+    evaluator = ReferringEvaluator(
+        dataset_name, output_dir=output_dir, distributed=False, sample=sample
+    )
     for index, record in enumerate(records):
         height, width = resolution or (record["height"], record["width"])
         original_size = (record["height"], record["width"])
@@ -52,9 +72,9 @@ def score_predictions(
         results = [
             {
                 "expression_id": line["expression_id"],
-                "mask": _decode(line["segmentation"], height, width, f"{path}, line {number}"),
+                "mask": _decode(line["segmentation"], height, width, path, number),
                 "no_target": line.get("no_target", False),
-                "score": float("nan") if line.get("score") is None else line["score"],
+                "score": line["score"],
             }
             for number, line in lines[index].items()
         ]
@@ -70,12 +90,15 @@ def _assign(records: list[dict], path: str | os.PathLike) -> dict[int, dict[int,
             places[expression["expression_id"]].append(index)
     assigned: dict[int, dict[int, dict]] = defaultdict(dict)
     first_lines: dict[tuple[int, int], int] = {}
-    with open(path, encoding="utf-8") as file:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    with open(path, "rb") as file:
         for number, text in enumerate(file, start=1):
             if not text.strip():
                 continue
-            where = f"{path}, line {number}"
-            line = _parse(text, where)
+            where = f"{path}: line {number}"
+            with reading(path, f"line {number}"):
+                line = _parse(text)
             expression_id = line["expression_id"]
             fitting = [i for i in places[expression_id] if _agrees(line, records[i])]
             if not fitting:
@@ -95,15 +118,18 @@ def _assign(records: list[dict], path: str | os.PathLike) -> dict[int, dict[int,
     return assigned
 
 
-def _parse(text: str, where: str) -> dict[str, Any]:
+def _parse(text: bytes) -> dict[str, Any]:
     try:
         line = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON ({error})") from error
+        raise ValueError(f"not valid JSON ({error})") from error
     if not isinstance(line, dict) or not {"expression_id", "segmentation"} <= line.keys():
-        raise ValueError(f"{where}: expected an object with expression_id and segmentation")
-    if not isinstance(line["segmentation"], dict):
-        raise ValueError(f"{where}: segmentation must be an RLE (size, counts)")
+        raise ValueError("expected an object with expression_id and segmentation")
+    for key, types in _TYPES.items():
+        if key in line and type(line[key]) not in types:
+            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+            raise ValueError(f"{key} must be {names}, not {reprlib.repr(line[key])}")
+    line["score"] = float("nan") if line.get("score") is None else float(line["score"])
     return line
 
 
@@ -116,8 +142,8 @@ def _agrees(line: dict, record: dict) -> bool:
     )
 
 
-def _decode(segmentation: dict, height: int, width: int, where: str) -> torch.Tensor:
-    try:
+def _decode(
+    segmentation: dict, height: int, width: int, path: str | os.PathLike, number: int
+) -> torch.Tensor:
+    with reading(path, f"line {number}"):
         return torch.from_numpy(rasterize(segmentation, height, width))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error

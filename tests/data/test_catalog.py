@@ -90,7 +90,7 @@ def test_each_family_is_read_from_its_place(catalog, dataset_files):
     dataset_files.write_grefer()
     dataset_files.write_phrasecut("miniv")
     assert ids(DatasetCatalog.get("ris_refcocog_google_train")) == [1, 2]
-    (record,) = DatasetCatalog.get("ris_grefcoco_unc_testB")
+    (record,) = DatasetCatalog.get("ris_grefcoco_unc_testA")
     assert record["file_name"].startswith(
         str(dataset_files.root / "images/train2014/COCO_train2014_")
     )

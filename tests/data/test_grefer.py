@@ -1,11 +1,12 @@
 import pytest
 
 from ris_d2.data.grefer import load_grefer
+from ris_d2.data.records import Skipped
 from ris_d2.data.refer import MissingSplitError
 
 
-def load(files, split="train"):
-    return load_grefer(*files.write_grefer(), "images", split)
+def load(files, split="train", **options):
+    return load_grefer(*files.write_grefer(), "images", split, **options)
 
 
 def test_single_multi_and_no_target_share_one_record(dataset_files):
@@ -22,9 +23,26 @@ def test_an_image_with_nothing_but_no_target_expressions_is_a_record(dataset_fil
     assert [e["annotation_ids"] for e in record["expressions"]] == [[], []]
 
 
-def test_a_crowd_target_is_kept(dataset_files):
+def test_crowds_are_no_part_of_the_ground_truth(dataset_files):
+    """ReLA's rule, gres_model/data/datasets/grefcoco.py: `if anno_dict['iscrowd']: continue`."""
+    skipped = Skipped()
+    assert load(dataset_files, "testB", skipped=skipped) == []  # a crowd is its only target
+    assert str(skipped) == (
+        "crowds left out of the ground truth: 1; refs without an annotation that can be used: 1"
+    )
+    dataset_files.grefs[5]["ann_id"] = [40, 41]
     (record,) = load(dataset_files, "testB")
-    assert [annotation["iscrowd"] for annotation in record["annotations"]] == [1]
+    assert [annotation["id"] for annotation in record["annotations"]] == [40]
+    assert [e["annotation_ids"] for e in record["expressions"]] == [[40], [40]]
+
+
+def test_refs_without_sentences_are_skipped(dataset_files):
+    """As in the released file (gRefCOCO's issues 3 and 8)."""
+    dataset_files.grefs[1]["sentences"] = []
+    skipped = Skipped()
+    (record,) = load(dataset_files, skipped=skipped)
+    assert {e["ref_id"] for e in record["expressions"]} == {1, 3}
+    assert str(skipped) == "refs without sentences: 1"
 
 
 def test_no_target_is_minus_one_or_the_flag(dataset_files):
@@ -49,14 +67,14 @@ def test_pickled_grefs_and_repeated_ids(dataset_files):
     [
         (
             {"ann_id": [10], "no_target": True},
-            r"\(ref_id 1\): field 'ann_id' is \[10\] and 'no_target'",
+            r"field 'ann_id' is \[10\] and 'no_target'",
         ),
-        ({"ann_id": [10, -1]}, r"'ann_id' is \[10, -1\]"),
+        ({"ann_id": [10, -1]}, r"there is no annotation with the id -1"),
         ({"ann_id": []}, r"'ann_id' is \[\]"),
-        ({"ann_id": ["10"]}, r"field 'ann_id' must be an integer, not '10'"),
-        ({"ann_id": None}, r"field 'ann_id' must be an integer, not None"),
-        ({"ann_id": [10, 77]}, r"annotation 77 is not among the annotations"),
-        ({"no_target": "no"}, r"field 'no_target' must be true or false, not 'no'"),
+        ({"ann_id": ["10"]}, r"there is no annotation with the id '10'"),
+        ({"ann_id": None}, r"there is no annotation with the id None"),
+        ({"ann_id": [10, 77]}, r"there is no annotation with the id 77"),
+        ({"no_target": "no"}, r"'no_target' is 'no'"),
     ],
 )
 def test_contradictions_are_errors(dataset_files, changes, message):

@@ -11,7 +11,8 @@ from PIL import Image
 from ris_d2 import get_ris_cfg
 from ris_d2.data import mapper as mapper_module
 from ris_d2.data.geometry import place, random_affine, resize_image
-from ris_d2.data.mapper import ReferringMapper, read_image, swap_left_right
+from ris_d2.data.images import read_image
+from ris_d2.data.mapper import ReferringMapper, swap_left_right
 from ris_d2.masks import encode, rasterize, resize_nearest
 
 AFFINE = {"rotation": 5.0, "scale": 0.1, "translation": 0.1, "shear": 2.0}

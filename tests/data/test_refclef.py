@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ris_d2 import masks
+from ris_d2.data.records import Skipped
 from ris_d2.data.refclef import load_refclef
 
 
@@ -13,8 +14,8 @@ def files(dataset_files):
     return dataset_files
 
 
-def load(files, split="train", root="images"):
-    return load_refclef(*files.write_refer("refclef"), str(files.root / root), split)
+def load(files, split="train", root="images", **options):
+    return load_refclef(*files.write_refer("refclef"), str(files.root / root), split, **options)
 
 
 def test_string_ids_become_positions(files):
@@ -59,10 +60,23 @@ def test_only_the_known_missing_images_are_left_out(files, caplog):
     assert [record["image_id"] for record in load(files)] == [1, 2]
 
 
-def test_a_malformed_annotation_id(files):
-    files.refs[0]["ann_id"] = None
-    with pytest.raises(ValueError, match=r"ref 0 \(ref_id 1\): field 'ann_id' must be a string"):
-        load(files)
+def test_an_unknown_annotation_id(files):
     files.refs[0]["ann_id"] = "1_9"
-    with pytest.raises(ValueError, match=r"annotation '1_9' is not among the annotations"):
+    with pytest.raises(ValueError, match=r"ref 0 .*there is no annotation with the id '1_9'"):
         load(files)
+
+
+def test_one_bad_rle_of_several_is_skipped(files):
+    good = {"size": [40, 60], "counts": [3, 7, 2390]}
+    too_long = {"size": [40, 60], "counts": [2**62] * 4 + [2400]}  # adds up in 64 bits
+    files.instances["annotations"][0]["segmentation"] = [too_long, good]
+    skipped = Skipped()
+    annotation = load(files, skipped=skipped)[0]["annotations"][0]
+    assert annotation["segmentation"] == good
+    assert str(skipped) == "polygons or RLE that cannot be drawn: 1"
+
+
+def test_a_split_of_nothing_usable_is_empty(files):
+    for ref in files.refs:
+        ref["sentences"] = []
+    assert load(files) == []

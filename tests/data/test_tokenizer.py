@@ -214,11 +214,33 @@ def test_empty_sentence_is_an_error(text, bert_folder):
     assert repr(text) in str(error.value)
 
 
-def test_sentence_of_unknown_words_is_warned_of(shapes_folder, caplog):
+def test_unknown_words_and_cut_sentences_are_named_once_per_call(shapes_folder, caplog):
+    tokenizer = make("hf", shapes_folder, max_tokens=6)
+    with caplog.at_level("WARNING"):
+        tokenizer(["the circle", "the shiny teapot", "a teapot"])
+        assert caplog.text.count("'teapot'") == caplog.text.count("'shiny'") == 1
+        assert "circle" not in caplog.text and "MAX_TOKENS" not in caplog.text
+        caplog.clear()
+        tokenizer(["the circle", "the red circle left of the square"])
+        assert "MAX_TOKENS 6: 'the red circle left of the square' (its first 4 of 7" in caplog.text
+        assert "does not know" not in caplog.text
+
+
+def test_a_loaders_calls_stop_warning(shapes_folder, caplog):
     tokenizer = make("hf", shapes_folder)
     with caplog.at_level("WARNING"):
-        tokenizer(["the circle", "shiny teapot"])
-    assert "'shiny teapot'" in caplog.text and "the circle" not in caplog.text
+        for _ in range(9):
+            tokenizer(["the teapot"])
+        tokenizer(["the circle"])
+    assert caplog.text.count("'teapot'") == 5
+
+
+def test_unknown_pieces_are_named_by_their_word(beit3_file, bert_folder, caplog):
+    with caplog.at_level("WARNING"):
+        make("beit3", beit3_file)(["the \u2603man"])
+        assert "'\u2603man'" in caplog.text and "'the'" not in caplog.text
+        make("bert", bert_folder)(["the teapot"])
+        assert "'teapot'" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["beit3", "bert", "clip", "hf"])

@@ -50,6 +50,28 @@ def test_right_numbers(prepare, dataset_files, monkeypatch, capsys):
     assert "images   4 of 4 are there\n" in out
 
 
+def test_the_numbers_of_the_file_are_compared_and_its_flaws_shown(
+    prepare, dataset_files, monkeypatch, capsys
+):
+    dataset_files.refs[0]["sentences"][0]["raw"] = "?"
+    dataset_files.instances["annotations"][2]["segmentation"] = [[1, 2, 3, 4]]  # all of ref 2
+    dataset_files.refs[2]["sentences"] += [{"sent_id": 1, "raw": "", "sent": ""}]
+    dataset_files.write_refer()
+    expected = counts(prepare) | {"ris_refcoco_unc_val": prepare.Counts(1, 1, 2)}
+    monkeypatch.setattr(prepare, "PUBLISHED", expected)
+    assert prepare.run() == 1  # the blank sentence of val is not published
+    captured = capsys.readouterr()
+    assert "train    2 images, 2 refs, 4 expressions (0 with several" in captured.out
+    assert "flaws (3 expressions left out): sentences without a letter or digit: 1" in captured.out
+    assert "refs without an annotation that can be used: 1" in captured.out
+    assert "flaws (1 expressions left out): blank sentences: 1" in captured.out
+    problems = [line for line in captured.err.splitlines() if line.startswith("PROBLEM")]
+    assert problems == [
+        "PROBLEM: ris_refcoco_unc_val: differs from the published numbers: "
+        "expressions 3 instead of 2"
+    ]
+
+
 def test_wrong_numbers_and_missing_images(prepare, dataset_files, monkeypatch, capsys):
     dataset_files.write_refer()
     dataset_files.write_images()

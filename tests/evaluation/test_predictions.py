@@ -119,13 +119,46 @@ def test_at_a_fixed_resolution(dataset, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["resolution"] == [40, 90]
 
 
+@pytest.mark.parametrize("sample", ["corner", "center"])
+def test_a_file_of_the_resized_protocol_scores_as_the_evaluator_does(dataset, tmp_path, sample):
+    """The 480 x 480 protocols in small; the two samples of the ground truth are not the same."""
+    size, other = (7, 11), {"corner": "center", "center": "corner"}[sample]
+    unit = record(1, {1: [7], 2: [8], 3: []})
+    rng = np.random.default_rng(0)
+    results = [
+        {
+            "expression_id": expression["expression_id"],
+            "mask": torch.from_numpy(rng.random(size) < 0.5),
+            "score": 0.5,
+            "no_target": False,
+        }
+        for expression in unit["expressions"]
+    ]
+    evaluator = ReferringEvaluator(
+        "saved", output_dir=str(tmp_path), save_predictions=True, sample=sample
+    )
+    resized = {**unit, "height": size[0], "width": size[1], "original_size": SIZE}
+    evaluator.process([resized], [{"referring": results}])
+    expected = evaluator.evaluate()["referring"]
+    name, path = dataset(unit), tmp_path / "predictions.jsonl"
+    scored = score_predictions(name, path, resolution=size, sample=sample)["referring"]
+    np.testing.assert_equal(scored, expected)
+    differs = score_predictions(name, path, resolution=size, sample=other)["referring"]
+    assert differs["oIoU"] != expected["oIoU"]
+
+
+def test_a_huge_resolution_is_refused(dataset, tmp_path):
+    with pytest.raises(ValueError, match="at most 89,478,485 pixels, not 100000 x 100000"):
+        score_predictions(dataset(record(1, {1: [7]})), write(tmp_path), resolution=(10**5, 10**5))
+
+
 def test_an_expression_id_of_several_images_needs_the_image(dataset, tmp_path):
     name = dataset(record(1, {1: [7]}), record(2, {1: [8]}))
     left, right = box(0, 0, 10, 10), box(20, 0, 30, 10)
     path = write(tmp_path, line(1, right, image_id=2), line(1, left, file_name="images/1.jpg"))
     assert score_predictions(name, path)["referring"]["gIoU"] == 100
     path = write(tmp_path, line(1, right))
-    with pytest.raises(ValueError, match="masks.jsonl, line 1: expression 1 is in 2 images"):
+    with pytest.raises(ValueError, match="masks.jsonl: line 1: expression 1 is in 2 images"):
         score_predictions(name, path)
 
 
@@ -137,7 +170,26 @@ def test_an_expression_id_of_several_images_needs_the_image(dataset, tmp_path):
         ('{"expression_id": 2}', "line 2: expected an object with expression_id"),
         (
             '{"expression_id": 2, "segmentation": [[0, 0, 5, 0, 5, 5]]}',
-            "line 2: segmentation must be an RLE",
+            r"line 2: segmentation must be dict, not \[\[0, 0, 5",
+        ),
+        (
+            json.dumps(line(2, box(0, 0, 1, 1), no_target="false")),
+            "line 2: no_target must be bool, not 'false'",
+        ),
+        (
+            json.dumps(line(2, box(0, 0, 1, 1), score="0.5")),
+            "line 2: score must be int or float or null, not '0.5'",
+        ),
+        (json.dumps(line(2, box(0, 0, 1, 1), score=10**400)), "line 2: .*too large"),
+        (json.dumps(line(True, box(0, 0, 1, 1))), "line 2: expression_id must be int, not True"),
+        (json.dumps(line(2, box(0, 0, 1, 1), file_name=3)), "line 2: file_name must be str, not 3"),
+        ("[" * 100_000, "line 2: its content is nested too deeply"),
+        ('{"expression_id": ' + "1" * 5000 + "}", "masks.jsonl: line 2: .*4300 digits"),
+        (
+            '{"expression_id": 2, "segmentation": {"size": [20, 30], "counts": '
+            "[4611686018427387904, 4611686018427387904, 4611686018427387904, "
+            "4611686018427387904, 600]}}",
+            "line 2: the RLE's runs must be",
         ),
         (json.dumps(line(3, box(0, 0, 1, 1))), "line 2: expression 3 is not in the dataset"),
         (
@@ -172,6 +224,7 @@ def test_command_line(dataset, tmp_path, monkeypatch, capsys):
     path = write(tmp_path, line(1, box(0, 0, 5, 10)))
     tool = pathlib.Path(__file__).parents[2] / "tools/score_predictions.py"
     arguments = ["--dataset", name, "--predictions", str(path), "--output", str(tmp_path)]
+    arguments += ["--sample", "center"]
     monkeypatch.setattr(sys, "argv", [str(tool), *arguments])
     runpy.run_path(str(tool), run_name="__main__")
     assert "50.00" in capsys.readouterr().out

@@ -1,0 +1,126 @@
+"""The one reader of images, for training, evaluation and Predictor: upright RGB of eight bits."""
+
+import io
+import os
+import struct
+
+import cv2
+import numpy as np
+from detectron2.utils.file_io import PathManager
+from PIL import Image, ImageOps
+
+from ..io import reading
+from ..masks import check_size
+
+__all__ = ["read_image", "to_rgb"]
+
+# All that Pillow reads by itself: it hands EPS, for one, to another program.
+_FORMATS = "JPEG PNG BMP GIF ICO JPEG2000 PCX PPM TGA TIFF WEBP".split()
+# Markers of what may precede the frame: Huffman and quantisation tables, restarts, APPn, comments.
+_JPEG_SEGMENTS = {0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}
+
+
+def read_image(file_name: str | os.PathLike) -> np.ndarray:
+    """Read an image as uint8 (H,W,3) RGB, turned as its EXIF orientation says.
+
+    Grey, palette and CMYK are converted, 16-bit grey is scaled, transparency is composited on white.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an image, or cut short, or of more than ``masks.MAX_PIXELS``.
+    """
+    name = os.fspath(file_name)
+    try:
+        with PathManager.open(name, "rb") as file:
+            data = file.read()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise FileNotFoundError(
+            f"{name}: no such image; of a dataset: are its images under $DETECTRON2_DATASETS "
+            "complete?"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{name!r} is no name of a file: {error}") from error
+    with reading(name):
+        try:
+            return _decode(data)
+        except Exception as error:
+            raise ValueError(
+                f"not an image, or one that is too large or damaged ({len(data)} bytes): {error}"
+            ) from error
+
+
+def _decode(data: bytes) -> np.ndarray:
+    height, width, channels = _jpeg_frame(data) or (0, 0, 0)
+    if channels not in (1, 3):  # another format, or a JPEG file of CMYK
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return to_rgb(image)
+    # OpenCV decodes JPEG files, which nearly all images of datasets are, faster than Pillow.
+    check_size(height, width)
+    if _is_cut_jpeg(data):
+        raise ValueError("the end is missing")
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    if pixels is None:
+        raise ValueError("it cannot be decoded")
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
+    """(height, width, channels) from the header of a JPEG file; None of any other or an odd one."""
+    place = 2 if data.startswith(b"\xff\xd8") else len(data)
+    while place + 10 <= len(data) and data[place] == 0xFF:
+        if data[place + 1] in (0xC0, 0xC1, 0xC2):  # frame: baseline, extended, progressive
+            return struct.unpack_from(">HHB", data, place + 5)
+        if data[place + 1] not in _JPEG_SEGMENTS:
+            return None
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
+
+
+def _is_cut_jpeg(data: bytes) -> bool:
+    # No end marker after the last scan: OpenCV would fill the rest of the image with grey.
+    return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+
+
+def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
+    """Return an image in memory as uint8 (H,W,3) RGB, in the way of ``read_image``.
+
+    Args:
+        image: PIL, or uint8 of shape (H,W,3) RGB, (H,W) or (H,W,1) grey, or (H,W,4) RGBA.
+
+    Raises:
+        ValueError: an array of another dtype or shape, a mode without known range of values, or
+            more than ``masks.MAX_PIXELS``.
+    """
+    if isinstance(image, np.ndarray):
+        return _array_to_rgb(image)
+    check_size(image.height, image.width)  # of a file, no pixel is decoded yet
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # convert() would clip at 255 instead of scaling
+        grey = np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8)
+        return _array_to_rgb(grey)
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"a PIL image of mode {image.mode!r} has no known range of values; give it as 8-bit"
+        )
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(image, mask=image.getchannel("A"))
+        image = canvas
+    return np.array(image.convert("RGB"))
+
+
+def _array_to_rgb(array: np.ndarray) -> np.ndarray:
+    if array.dtype != np.uint8:
+        raise ValueError(f"an image array must be uint8 with values 0..255, got {array.dtype}")
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.ndim not in (2, 3) or channels not in (1, 3, 4) or array.size == 0:
+        raise ValueError(
+            f"an image array must be (H,W,3) RGB, (H,W) grey or (H,W,4) RGBA, got {array.shape}"
+        )
+    check_size(*array.shape[:2])
+    if channels == 1:
+        return np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
+    if channels == 4:
+        return to_rgb(Image.fromarray(array))
+    return np.ascontiguousarray(array)
