@@ -10,20 +10,18 @@ Without GPUs, --num-gpus is the number of processes on CPUs.
 
 import argparse
 import difflib
-import importlib
 import logging
-import os
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ris_d2 import load_config
 from ris_d2.checkpoint import RISCheckpointer
-from ris_d2.engine import Trainer, leave_process_group
+from ris_d2.engine import Trainer, launch
 
 logger = logging.getLogger("ris_d2.train_net")
 
@@ -79,15 +77,15 @@ def main(args: argparse.Namespace) -> dict | None:
 
 def run(args: argparse.Namespace) -> None:
     """Start the processes, or join those that torchrun started."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if not all(name in os.environ for name in names):
-        launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, (args,))
-        return
-    rank, world_size, local_rank, local_size = (int(os.environ[name]) for name in names)
-    # ``detectron2.engine.launch`` is the function; its module has what runs in each process.
-    worker = importlib.import_module("detectron2.engine.launch")._distributed_worker
-    worker(local_rank, main, world_size, local_size, rank // local_size, "env://", (args,))
-    leave_process_group()
+    launch(
+        main,
+        (args,),
+        device=load_config(args.config_file, args.opts).MODEL.DEVICE,
+        num_processes=args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+    )
 
 
 if __name__ == "__main__":

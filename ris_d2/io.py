@@ -7,12 +7,18 @@ import json
 import math
 import os
 import pickle
+import re
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import IO, Any
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked, and nothing is swept
+    fcntl = None
 
 __all__ = [
     "UnreadableFile",
@@ -22,7 +28,10 @@ __all__ = [
     "load_pickle",
     "numpy_globals",
     "reading",
+    "sweep_temporaries",
 ]
+
+_TEMPORARY = re.compile(r"\.ris_d2-[0-9a-f]{8}\..+")
 
 # How much of a library's message is repeated: some quote the whole of what they could not read.
 _QUOTED = 200
@@ -161,19 +170,51 @@ def atomic_write(
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{uuid.uuid4().hex[:8]}.{name}")
     text_encoding = (encoding or "utf-8") if mode == "w" else None
-    try:
-        with open(temporary, mode, encoding=text_encoding) as file:
+    with _new_temporary(folder, name, mode, text_encoding) as file:
+        temporary = file.name
+        try:
             yield file
             if not file.closed:
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(temporary)
+            raise
+
+
+def sweep_temporaries(folder: str | os.PathLike) -> list[str]:
+    """Remove what killed processes left of :func:`atomic_write` in ``folder``; return the paths.
+
+    A file that a living process writes is locked, and stays.
+    """
+    if fcntl is None or not os.path.isdir(folder):
+        return []
+    swept = []
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        # What is not ours, or cannot be locked here, is left alone.
+        if _TEMPORARY.fullmatch(name):
+            with contextlib.suppress(OSError), open(path, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.remove(path)
+                swept.append(path)
+    return swept
+
+
+def _new_temporary(folder: str, name: str, mode: str, encoding: str | None) -> IO:
+    """A new file, locked until it is closed or its process ends."""
+    while True:
+        path = os.path.join(folder, f".ris_d2-{uuid.uuid4().hex[:8]}.{name}")
+        file = open(path, mode, encoding=encoding)
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(path):  # a sweep may come between the two lines above
+            return file
+        file.close()
 
 
 def _open_for_reading(path: str | os.PathLike) -> IO[bytes]:

@@ -19,7 +19,7 @@ from .converters import (
     get_converter,
     unwrap_state_dict,
 )
-from .files import file_hash, read_weights
+from .files import file_hash, is_whole, read_weights
 from .paths import local_path
 
 __all__ = ["RISCheckpointer", "load_init"]
@@ -97,6 +97,7 @@ def load_init(model: nn.Module, init: Iterable[Sequence[str]]) -> dict[str, tupl
                 f"{type(part).__name__} unfilled{_some(unfilled)}; does the config describe the "
                 "same architecture (depth, width, patch size, vocabulary)?"
             )
+        _check_finite(fit.used, path)
         part.load_state_dict(fit.used, strict=False)
         filled.update({prefix + name: (source, path) for name in fit.used})
     return filled
@@ -105,7 +106,8 @@ def load_init(model: nn.Module, init: Iterable[Sequence[str]]) -> dict[str, tupl
 class RISCheckpointer(DetectionCheckpointer):
     """detectron2's checkpointer with MODEL.INIT; every load is accounted for, or refused.
 
-    Files are read without running what they name, and written whole or not at all. With
+    Files are read without running what they name, and written whole or not at all; infinite and NaN
+    weights are neither written nor loaded. With
     ``save_frozen`` False, frozen parameters that came from MODEL.INIT are left out of the file,
     which then names their sources under "frozen_sources": [[source, path, SHA-256], ...]. Buffers
     always stay in (they are small, and BatchNorm may move in a frozen part). Loading such a file,
@@ -116,6 +118,8 @@ class RISCheckpointer(DetectionCheckpointer):
         save_dir: directory of checkpoints.
         init: MODEL.INIT, (source, path) pairs; read when the checkpoint does not hold everything.
         save_frozen: MODEL.SAVE_FROZEN.
+        keep: numbered checkpoints in ``save_dir``, the newest ones; saving deletes older ones. 0
+            keeps all.
         save_to_disk: whether this process writes; None = the main process does.
         checkpointables: further objects with state_dict() and load_state_dict().
     """
@@ -127,12 +131,15 @@ class RISCheckpointer(DetectionCheckpointer):
         *,
         init: Iterable[Sequence[str]] = (),
         save_frozen: bool = True,
+        keep: int = 0,
         save_to_disk: bool | None = None,
         **checkpointables: Any,
     ):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.init = [tuple(pair) for pair in init]
         self.save_frozen = save_frozen
+        self._keep = keep
+        self._whole: dict[tuple[str, int, int], bool] = {}
         self._filled_by_init: dict[str, tuple[str, str]] = {}
         self._hashes: dict[str, str] = {}
         self._loading = ""
@@ -163,10 +170,16 @@ class RISCheckpointer(DetectionCheckpointer):
         return super().load(local_path(path), checkpointables)
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write model, checkpointables and ``kwargs`` to ``<name>.pth``, for --resume."""
+        """Write model, checkpointables and ``kwargs`` to ``<name>.pth``, for --resume.
+
+        Raises:
+            FloatingPointError: a weight is infinite or NaN. Nothing is written.
+            OSError: the disk is full, or does not let us write. The file is as it was.
+        """
         state = {key: item.state_dict() for key, item in self.checkpointables.items()}
         if self._write(name, {**state, **kwargs}):
             self.tag_last_checkpoint(f"{name}.pth")
+            self._delete_old(f"{name}.pth")
 
     def save_weights(self, name: str, **kwargs: Any) -> None:
         """Write the model and ``kwargs`` alone; --resume does not start from such a file."""
@@ -176,20 +189,75 @@ class RISCheckpointer(DetectionCheckpointer):
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename)
 
+    def has_checkpoint(self) -> bool:
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """Return the path of the checkpoint that --resume starts from; "" if there is none.
+
+        It is the one that last_checkpoint names. Where that name or that file is missing or broken
+        (a process killed between two writes, a disk), it is the newest whole one.
+        """
+        tagged = super().get_checkpoint_file()
+        if self._is_whole(tagged):
+            return tagged
+        for path in self._saved(r"model_(\d+|final)\.pth"):
+            if self._is_whole(path):
+                logger.warning("last_checkpoint names no whole file; the newest one is %s", path)
+                return path
+        return tagged  # loading it says what is wrong with it
+
+    def _is_whole(self, path: str) -> bool:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return False
+        key = (path, status.st_mtime_ns, status.st_size)
+        if key not in self._whole:  # the check reads all of the file
+            self._whole[key] = is_whole(path)
+        return self._whole[key]
+
+    def _saved(self, pattern: str) -> list[str]:
+        """Paths of the checkpoints whose name is ``pattern``, newest first."""
+        names = os.listdir(self.save_dir) if os.path.isdir(self.save_dir) else []
+        paths = [os.path.join(self.save_dir, n) for n in names if re.fullmatch(pattern, n)]
+        return sorted(paths, key=lambda path: (os.stat(path).st_mtime_ns, path), reverse=True)
+
+    def _delete_old(self, tagged: str) -> None:
+        if not self._keep:
+            return
+        for path in self._saved(r"model_\d+\.pth")[self._keep :]:
+            if os.path.basename(path) != tagged:  # clocks can be set back
+                logger.info("Deleting %s: SOLVER.RIS.KEEP_CHECKPOINTS is %d", path, self._keep)
+                os.remove(path)
+
     def _write(self, name: str, extra: Mapping[str, Any]) -> bool:
         if not self.save_dir or not self.save_to_disk:
             return False
         state_dict = self.model.state_dict()
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        broken = _not_finite(state_dict)
+        if broken:
+            raise FloatingPointError(
+                f"{path} is not written: {len(broken)} tensors of the model are infinite or NaN"
+                f"{_some(broken)}"
+            )
         left_out = [] if self.save_frozen else self._reproducible_frozen_names()
         for key in left_out:
             del state_dict[key]
         data = {"model": state_dict, **extra}
         if left_out:
             data["frozen_sources"] = self._describe_sources(left_out)
-        path = os.path.join(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s (%d frozen tensors left out)", path, len(left_out))
         with atomic_write(path, "wb") as file:
-            torch.save(data, file)
+            try:
+                torch.save(data, file)
+            except RuntimeError as error:
+                # On a full disk torch fails once more when it closes its archive ("unexpected pos").
+                cause = error.__context__
+                if not isinstance(cause, OSError):
+                    raise
+                raise OSError(cause.errno, cause.strerror, path) from None
         return True
 
     def _reproducible_frozen_names(self) -> list[str]:
@@ -222,6 +290,7 @@ class RISCheckpointer(DetectionCheckpointer):
         if init is None and (fit.missing or fit.misshapen):
             init = self.init
         self._check_filled(fit, self._names_that_init_fills(init or []))
+        _check_finite(fit.used, self._loading)
         filled = load_init(self.model, init or [])
         logger.info("Checkpoint %s: %s", self._loading, fit)
         missing = [name for name in fit.missing + fit.misshapen if name not in filled]
@@ -324,6 +393,24 @@ def _fit(module: nn.Module, state_dict: dict[str, Tensor]) -> _Fit:
     ]
     ignored = sorted(state_dict.keys() - expected.keys())
     return _Fit(used, resized, ignored, sorted(missing), sorted(misshapen))
+
+
+def _not_finite(state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that hold an infinite number or NaN."""
+    floating = {name: value for name, value in state_dict.items() if value.is_floating_point()}
+    finite = [value.isfinite().all() for value in floating.values()]
+    # Together: reading a value waits for the GPU.
+    flags = torch.stack(finite).tolist() if finite else []
+    return [name for name, flag in zip(floating, flags, strict=True) if not flag]
+
+
+def _check_finite(state_dict: Mapping[str, Tensor], path: str) -> None:
+    broken = _not_finite(state_dict)
+    if broken:
+        raise ValueError(
+            f"{path} holds infinite numbers or NaN in {len(broken)} tensors{_some(broken)}; its "
+            "training had failed, take an earlier checkpoint"
+        )
 
 
 def _converted(published: Mapping[str, Any], source: str, path: str) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from ..io import load_pickle, numpy_globals, reading
 from .script import is_script, read_script
 
-__all__ = ["file_hash", "read_weights"]
+__all__ = ["file_hash", "is_whole", "read_weights"]
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Any]:
@@ -118,6 +118,15 @@ def _check_tensors(content: Mapping[str, Any], path: str) -> None:
             f"{path}: a file of {size} bytes whose tensors announce {announced} bytes; it is "
             "damaged, or made to fill the memory"
         )
+
+
+def is_whole(path: str | os.PathLike) -> bool:
+    """Return whether torch.save's file is there, all of it, as its checksums say."""
+    try:
+        _check_archive(path)
+        return True
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 def _read_safetensors(path: str) -> dict[str, torch.Tensor]:

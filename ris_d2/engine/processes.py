@@ -1,7 +1,85 @@
-"""The end of a process that took part in distributed training or evaluation."""
+"""Processes of distributed training and evaluation: how they start, what they share, how they end."""
 
+import ctypes
+import datetime
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 import torch.distributed as dist
 from detectron2.utils import comm
+from torch import nn
+
+__all__ = ["die_with_parent", "launch", "leave_process_group", "share_buffers"]
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_TIMEOUT = datetime.timedelta(minutes=30)
+_PR_SET_PDEATHSIG = 1
+# Found before any fork: a child of a process with threads must not wait for the loader's lock.
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+
+def launch(
+    main: Callable[..., Any],
+    args: Sequence[Any] = (),
+    *,
+    device: str,
+    num_processes: int = 1,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+) -> None:
+    """Call ``main(*args)`` in every process: those that torchrun started, or new ones.
+
+    As detectron2's ``launch``, except that processes on CPUs speak gloo on a machine with GPUs, too,
+    that torchrun's processes may call it, and that no process outlives the one that started it.
+
+    Args:
+        main: importable by name; new processes import it anew.
+        device: MODEL.DEVICE. NCCL on "cuda", where every process takes a GPU; gloo otherwise.
+        num_processes: on this machine; 1 (and one machine) calls ``main`` here. torchrun's
+            environment, if there is one, replaces this and the next three.
+        num_machines, machine_rank: of all machines, each with ``num_processes``.
+        dist_url: where rank 0 is met, "tcp://host:port"; "auto" (one machine) finds a free port.
+
+    Raises:
+        ValueError: more processes than GPUs on "cuda".
+    """
+    if all(name in os.environ for name in _TORCHRUN):
+        rank, world_size, local_rank, local_size = (int(os.environ[name]) for name in _TORCHRUN)
+        where = (rank // local_size, world_size, local_size, "env://")
+        _run_process(local_rank, os.getppid(), device, where, main, args)
+    elif num_machines * num_processes == 1:
+        main(*args)
+    else:
+        if device.startswith("cuda") and num_processes > torch.cuda.device_count():
+            raise ValueError(
+                f"{num_processes} processes for {torch.cuda.device_count()} visible GPUs; start "
+                "fewer (--num-gpus), or run them on the CPU: MODEL.DEVICE cpu"
+            )
+        url = f"tcp://127.0.0.1:{_free_port()}" if dist_url == "auto" else dist_url
+        where = (machine_rank, num_machines * num_processes, num_processes, url)
+        torch.multiprocessing.spawn(
+            _run_process, (os.getpid(), device, where, main, args), nprocs=num_processes
+        )
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the main one's buffers: BatchNorm's running statistics.
+
+    Each process moves its own statistics in training, and detectron2 leaves it so. Checkpoints hold
+    the main process' ones; called before an evaluation, all processes evaluate what is saved.
+    """
+    if comm.get_world_size() == 1:
+        return
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in saved:
+            dist.broadcast(buffer, src=0)
 
 
 def leave_process_group() -> None:
@@ -18,3 +96,49 @@ def leave_process_group() -> None:
     comm._get_global_gloo_group.cache_clear()
     comm._LOCAL_PROCESS_GROUP = None
     dist.destroy_process_group()
+
+
+def die_with_parent(parent: int, with_signal: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when the one that started it ends (Linux only).
+
+    Args:
+        parent: its process id; where it has ended already, so does this process.
+        with_signal: SIGKILL also ends a process that waits for a GPU or for other processes.
+    """
+    if _prctl is None:
+        return
+    _prctl(_PR_SET_PDEATHSIG, int(with_signal), 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), with_signal)
+
+
+def _run_process(
+    local_rank: int,
+    parent: int,
+    device: str,
+    where: tuple[int, int, int, str],
+    main: Callable[..., Any],
+    args: Sequence[Any],
+) -> None:
+    die_with_parent(parent)
+    machine_rank, world_size, local_size, url = where
+    on_gpu = device.startswith("cuda")
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        init_method=url,
+        world_size=world_size,
+        rank=machine_rank * local_size + local_rank,
+        timeout=_TIMEOUT,
+    )
+    comm._LOCAL_PROCESS_GROUP, _ = dist.new_subgroups(local_size)
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    comm.synchronize()  # the first collective waits for the slowest start
+    main(*args)
+    leave_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 __all__ = ["StepTrainer"]
 
@@ -52,8 +53,9 @@ class StepTrainer(SimpleTrainer):
         """Take one optimizer step.
 
         Raises:
-            FloatingPointError: a loss, or (with clipping, without fp16) the gradient, is infinite
-                or NaN. Names iteration and samples; the parameters are those before the step.
+            FloatingPointError: a loss, or (without fp16, whose scaler skips such steps) the
+                gradient, is infinite or NaN. Names iteration and samples; the parameters are those
+                before the step.
         """
         if not self.model.training:
             raise RuntimeError("the model was left in evaluation mode")
@@ -67,16 +69,23 @@ class StepTrainer(SimpleTrainer):
             self._backward(batch, share, last=batch is batches[-1])
             for batch, share in zip(batches, shares, strict=True)
         ]
-        # After the last backward pass, because reading a loss waits for the GPU.
-        for losses, batch in zip(micro_losses, batches, strict=True):
-            self._check_finite(losses, batch)
-        total = {key: sum(losses[key] for losses in micro_losses) for key in micro_losses[0]}
-        self._write_metrics(total, data_time)
-
         if self.grad_scaler:
             self.grad_scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # The only read of the step, after all its work: reading waits for the GPU.
+        *micro_losses, norm_value = _read(micro_losses, norm)
+        self._check_finite(micro_losses, norm_value, batches)
+        total = {
+            key: torch.tensor(sum(losses[key] for losses in micro_losses))
+            for key in micro_losses[0]
+        }
+        self._write_metrics(total, data_time)
+        if math.isfinite(norm_value):
+            get_event_storage().put_scalar("grad_norm", norm_value)
+
         if self.clip_grad_norm > 0:
-            self._clip([sample for batch in batches for sample in batch])
+            clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
         if self.grad_scaler:
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
@@ -103,27 +112,31 @@ class StepTrainer(SimpleTrainer):
             (self.grad_scaler.scale(total) if self.grad_scaler else total).backward()
         return {key: loss.detach() for key, loss in losses.items()}
 
-    def _check_finite(self, losses: dict[str, Tensor], batch: Sequence[dict]) -> None:
-        values = torch.stack(list(losses.values())).tolist()
-        if not all(map(math.isfinite, values)):
-            described = ", ".join(
-                f"{key} {value}" for key, value in zip(losses, values, strict=True)
-            )
-            raise FloatingPointError(
-                f"loss is not finite at iteration {self.iter}: {described}; samples: "
-                f"{_names(batch)}"
-            )
-
-    def _clip(self, samples: Sequence[dict]) -> None:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm).item()
-        if math.isfinite(norm):
-            get_event_storage().put_scalar("grad_norm", norm)
-        elif not self.grad_scaler:  # the scaler skips such a step and lowers its scale
+    def _check_finite(
+        self,
+        micro_losses: Sequence[dict[str, float]],
+        norm: float,
+        batches: Sequence[Sequence[dict]],
+    ) -> None:
+        for losses, batch in zip(micro_losses, batches, strict=True):
+            if not all(map(math.isfinite, losses.values())):
+                described = ", ".join(f"{key} {value}" for key, value in losses.items())
+                raise FloatingPointError(
+                    f"loss is not finite at iteration {self.iter}: {described}; samples: "
+                    f"{_names(batch)}"
+                )
+        if not math.isfinite(norm) and not self.grad_scaler:
             raise FloatingPointError(
                 f"the gradient is not finite at iteration {self.iter}, the losses are; samples of "
-                f"this process: {_names(samples)}"
+                f"this process: {_names([sample for batch in batches for sample in batch])}"
             )
+
+
+def _read(micro_losses: Sequence[dict[str, Tensor]], norm: Tensor) -> list[Any]:
+    """The values of the losses, dict by dict, and then of the norm."""
+    tensors = [loss for losses in micro_losses for loss in losses.values()]
+    values = iter(torch.stack([tensor.float() for tensor in (*tensors, norm)]).tolist())
+    return [{key: next(values) for key in losses} for losses in micro_losses] + [next(values)]
 
 
 def _shares_of_expressions(batches: Sequence[Sequence[dict]]) -> list[float]:

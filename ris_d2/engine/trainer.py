@@ -20,6 +20,7 @@ from ..data.loader import build_test_loader, build_train_loader
 from ..evaluation import ReferringEvaluator
 from .hooks import BestCheckpoint, StepSeed
 from .optimizer import build_optimizer
+from .processes import share_buffers
 from .schedule import build_lr_scheduler, with_iterations
 from .step import StepTrainer
 
@@ -135,12 +136,13 @@ class Trainer(DefaultTrainer):
     def test(
         cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
     ) -> dict[str, dict[str, float]]:
-        """Evaluate on DATASETS.TEST.
+        """Evaluate on DATASETS.TEST what a checkpoint of this moment would hold.
 
         Returns:
             {"referring": metrics}; with several test sets {"<dataset>/referring": metrics, ...}, so
             that TEST.EXPECTED_RESULTS can name each. Empty on other processes than the main one.
         """
+        share_buffers(model)
         results = super().test(cfg, model, evaluators)
         if len(cfg.DATASETS.TEST) <= 1:
             return results

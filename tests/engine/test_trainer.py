@@ -254,7 +254,8 @@ def test_best_metric_that_no_evaluation_gives_warns(tmp_path, caplog):
     assert not (tmp_path / "model_best.pth").exists()
 
 
-def test_infinite_gradient_of_a_finite_loss_stops(tmp_path):
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_infinite_gradient_of_a_finite_loss_stops(tmp_path, clip):
     class Steep(ToyTrainer):
         @classmethod
         def build_model(cls, cfg):
@@ -263,4 +264,15 @@ def test_infinite_gradient_of_a_finite_loss_stops(tmp_path):
             return model
 
     with pytest.raises(FloatingPointError, match="gradient is not finite at iteration 0.*jpg"):
-        train(tmp_path, trainer_class=Steep)
+        train(tmp_path, trainer_class=Steep, SOLVER__RIS__CLIP_GRAD_NORM=clip)
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    """Finite losses and gradients, and an optimizer that overflows all the same."""
+    with pytest.raises(
+        FloatingPointError, match="model_final.pth is not written: .*encoder.weight"
+    ):
+        train(tmp_path, SOLVER__MAX_ITER=1, SOLVER__BASE_LR=1e39, SOLVER__WARMUP_ITERS=0)
+    assert not list(tmp_path.glob("*.pth")) and not (tmp_path / "last_checkpoint").exists()
+    assert not (tmp_path / "inference").exists()
