@@ -21,7 +21,7 @@ from detectron2.utils.logger import setup_logger
 
 from ris_d2 import load_config
 from ris_d2.checkpoint import RISCheckpointer
-from ris_d2.engine import Trainer, launch
+from ris_d2.engine import Trainer, claim, launch
 
 logger = logging.getLogger("ris_d2.train_net")
 
@@ -57,6 +57,13 @@ def main(args: argparse.Namespace) -> dict | None:
     cfg = load_config(args.config_file, args.opts)
     cfg.freeze()
     check_datasets(cfg)
+    if args.eval_only or not comm.is_main_process():
+        return _work(cfg, args)
+    with claim(cfg.OUTPUT_DIR):
+        return _work(cfg, args)
+
+
+def _work(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ris_d2")
     warn_of_smaller_batch(load_config(args.config_file, []), cfg)

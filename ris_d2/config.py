@@ -234,6 +234,9 @@ def _add_solver_keys(cfg: CN) -> None:
     cfg.SOLVER.RIS.WARMUP_EPOCHS = 0
     cfg.SOLVER.RIS.POLY_POWER = 0.9  # rate x (1 - t/T)^power
     cfg.SOLVER.RIS.CLIP_GRAD_NORM = 0.0  # global norm over all parameters; 0 = off
+    # Numbered checkpoints (every SOLVER.CHECKPOINT_PERIOD iterations) that OUTPUT_DIR keeps, the newest
+    # ones; 0 = all. model_final.pth and model_best.pth stay.
+    cfg.SOLVER.RIS.KEEP_CHECKPOINTS = 3
     # Micro-batches per optimizer step. SOLVER.IMS_PER_BATCH counts the units of the whole step.
     cfg.SOLVER.RIS.ACCUMULATION = 1
 

@@ -8,6 +8,8 @@ import math
 import os
 import pickle
 import re
+import shutil
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -17,11 +19,12 @@ import numpy as np
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked, and nothing is swept
+except ImportError:  # Windows: nothing is locked, so nothing is swept
     fcntl = None
 
 __all__ = [
     "UnreadableFile",
+    "atomic_folder",
     "atomic_write",
     "dataset_root",
     "load_json",
@@ -171,13 +174,15 @@ def atomic_write(
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     text_encoding = (encoding or "utf-8") if mode == "w" else None
-    with _new_temporary(folder, name, mode, text_encoding) as file:
-        temporary = file.name
+    temporary = _temporary(folder, name)
+    file = open(temporary, mode, encoding=text_encoding)
+    with _locked(temporary):
         try:
-            yield file
-            if not file.closed:
-                file.flush()
-                os.fsync(file.fileno())
+            with file:
+                yield file
+                if not file.closed:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -185,36 +190,74 @@ def atomic_write(
             raise
 
 
-def sweep_temporaries(folder: str | os.PathLike) -> list[str]:
-    """Remove what killed processes left of :func:`atomic_write` in ``folder``; return the paths.
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[str]:
+    """Yield a folder that becomes ``path``, in place of what is there, when the block ends.
 
-    A file that a living process writes is locked, and stays.
+    If the block raises, the folder disappears and ``path`` is as it was.
     """
-    if fcntl is None or not os.path.isdir(folder):
+    path = os.path.abspath(path)
+    parent, name = os.path.split(path)
+    os.makedirs(parent, exist_ok=True)
+    temporary = _temporary(parent, name)
+    os.mkdir(temporary)
+    with _locked(temporary):
+        try:
+            yield temporary
+            if os.path.isdir(path):
+                replaced = _temporary(parent, name)
+                os.rename(path, replaced)
+                os.rename(temporary, path)
+                shutil.rmtree(replaced, ignore_errors=True)
+            else:
+                os.rename(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep_temporaries(folder: str | os.PathLike) -> list[str]:
+    """Remove from ``folder`` what killed processes left of atomic writing; return the paths.
+
+    What a living process writes is locked, and stays.
+    """
+    if not os.path.isdir(folder):
         return []
     swept = []
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
-        # What is not ours, or cannot be locked here, is left alone.
         if _TEMPORARY.fullmatch(name):
-            with contextlib.suppress(OSError), open(path, "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.remove(path)
+            with contextlib.suppress(OSError), _locked(path, sweep=True):
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
                 swept.append(path)
     return swept
 
 
-def _new_temporary(folder: str, name: str, mode: str, encoding: str | None) -> IO:
-    """A new file, locked until it is closed or its process ends."""
-    while True:
-        path = os.path.join(folder, f".ris_d2-{uuid.uuid4().hex[:8]}.{name}")
-        file = open(path, mode, encoding=encoding)
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-        if os.path.exists(path):  # a sweep may come between the two lines above
-            return file
-        file.close()
+def _temporary(folder: str, name: str) -> str:
+    return os.path.join(folder, f".ris_d2-{uuid.uuid4().hex[:8]}.{name}")
+
+
+@contextlib.contextmanager
+def _locked(path: str, *, sweep: bool = False) -> Iterator[None]:
+    """Within, ``path`` is locked; the system drops the lock when this process ends.
+
+    Raises:
+        OSError: with ``sweep``, another process holds the lock, or locks do not work here.
+    """
+    if fcntl is None:
+        if sweep:
+            raise OSError("no locks on this system")
+        yield
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    try:
+        with contextlib.nullcontext() if sweep else contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its process may not have come to lock it yet.
+        if sweep and time.time() - os.fstat(descriptor).st_mtime < 1:
+            raise BlockingIOError("just written")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _open_for_reading(path: str | os.PathLike) -> IO[bytes]:

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ris_d2.io
 from ris_d2.io import (
     UnreadableFile,
     atomic_write,
@@ -19,6 +21,7 @@ from ris_d2.io import (
     load_json,
     load_pickle,
     reading,
+    sweep_temporaries,
 )
 
 PLAIN = {
@@ -313,3 +316,34 @@ def test_a_write_by_path_keeps_what_was_written(tmp_path):
         with open(file.name, "wb") as other:
             other.write(b"by path")
     assert path.read_bytes() == b"by path"
+
+
+def test_only_temporaries_of_dead_processes_are_swept(tmp_path):
+    script = (
+        "import sys, time; sys.path.insert(0, sys.argv[2]); from io_alone import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as file:\n"
+        "    file.write('half'); file.flush(); print('writing', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "results.json"), str(tmp_path / "code")]
+    (tmp_path / "code").mkdir()
+    # The whole package takes seconds to import.
+    shutil.copy(ris_d2.io.__file__, tmp_path / "code" / "io_alone.py")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "writing\n"
+        (left,) = tmp_path.glob(".*")
+        os.utime(left, (0, 0))
+        assert sweep_temporaries(tmp_path) == [] and left.exists()
+        process.kill()
+        process.wait()
+        strangers = [
+            tmp_path / name for name in (".0123abcd.a.json", "ris_d2-0123abcd.b", ".ris_d2")
+        ]
+        for path in strangers:
+            path.write_text("")
+            os.utime(path, (0, 0))
+        assert sweep_temporaries(tmp_path) == [str(left)]
+        assert not left.exists() and all(path.exists() for path in strangers)
+    finally:
+        process.kill()
+    assert sweep_temporaries(tmp_path / "absent") == []

@@ -10,19 +10,21 @@
 4. writes metrics.json, training_curve.png and contact_sheet.png, and says which bars were met.
 
 Run it again and it goes on where it stopped: data that is there is kept, training resumes from its
-last checkpoint, and a finished training is only evaluated. --fresh starts over. KEY VALUE change the
-configuration, for instance SOLVER.MAX_ITER 200 for a short trial.
+last checkpoint, and a finished training is only evaluated. --fresh starts over: it deletes what the
+quickstart itself made, and nothing else. KEY VALUE change the configuration, for instance
+SOLVER.MAX_ITER 200 for a short trial.
 """
 
 import argparse
+import glob
 import json
 import math
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -37,16 +39,19 @@ from tabulate import tabulate
 from ris_d2 import load_config
 from ris_d2.data import refshapes
 from ris_d2.data.loader import build_test_loader
+from ris_d2.engine import claim
 from ris_d2.engine.follow import (
     describe_progress,
     follow_training,
+    has_evaluation,
     minutes_and_seconds,
     read_history,
+    stop_on_signals,
 )
 from ris_d2.evaluation import ReferringEvaluator
 from ris_d2.evaluation.metrics import gres_iou
 from ris_d2.evaluation.report import finite_or_null
-from ris_d2.io import atomic_write, dataset_root
+from ris_d2.io import atomic_write, dataset_root, load_json, sweep_temporaries
 from ris_d2.masks import rasterize, union
 from ris_d2.predictor import Predictor, load_rgb
 from ris_d2.visualization import SheetRow, contact_sheet, write_png
@@ -67,6 +72,19 @@ IMAGES = {"train": 10000, "val": 300, "testA": 100, "testB": 100, "heldout": 100
 # sentences.
 BARS = {"gIoU": 60.0, "T_acc": 85.0, "N_acc": 50.0, "over_shuffled": 20.0}
 SHEET_ROWS = {"single": 4, "multi": 3, "none": 3}
+# A folder with this file is one of the quickstart, and MADE all that --fresh may delete there.
+MARKER = "quickstart.yaml"
+MADE = (
+    *("metrics.json", "training_curve.png", "contact_sheet.png"),
+    *(f"train/{name}" for name in ("config.yaml", "console.txt", "log.txt*", "metrics.json")),
+    *(f"train/{name}" for name in ("events.out.tfevents.*", "last_checkpoint", "model_best.json")),
+    *(f"train/model_{name}.pth" for name in ("[0-9]" * 7, "final", "best")),
+    *(
+        f"{folder}/{name}"
+        for folder in ("val", "val_shuffled", "train/inference/*")
+        for name in ("results.json", "per_expression.jsonl", "predictions.jsonl")
+    ),
+)
 CURVE_COLORS = ("#e66e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito
 PROGRESS_SECONDS = 20
 
@@ -76,17 +94,20 @@ def main(arguments: list[str] | None = None) -> dict:
     args = _parse(arguments)
     begin = time.perf_counter()
     cfg = _load_cfg(args)
-    if args.fresh:
-        shutil.rmtree(args.output, ignore_errors=True)
-    _claim_output(args.output, cfg)
+    try:
+        with claim(args.output):
+            return _all_steps(args, cfg, begin)
+    except BlockingIOError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; run it again to go on from the last checkpoint")
+
+
+def _all_steps(args: argparse.Namespace, cfg: CfgNode, begin: float) -> dict:
+    _prepare_output(args.output, cfg, fresh=args.fresh)
 
     print(f"[1/4] RefShapes in {dataset_root()}/refshapes", flush=True)
-    root = os.path.join(dataset_root(), "refshapes")
-    images = {**IMAGES, "train": args.train_images, "val": args.val_images}
-    try:
-        refshapes.write(root, images, SCENES, overwrite=args.fresh)
-    except FileExistsError as error:
-        sys.exit(f"{error}\n(here: --fresh replaces an earlier RefShapes)")
+    _write_data({**IMAGES, "train": args.train_images, "val": args.val_images}, fresh=args.fresh)
 
     train_begin = time.perf_counter()
     print(f"[2/4] training {cfg.SOLVER.MAX_ITER} iterations on {cfg.MODEL.DEVICE}", flush=True)
@@ -137,16 +158,44 @@ def _load_cfg(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def _claim_output(output: str, cfg: CfgNode) -> None:
+def _prepare_output(output: str, cfg: CfgNode, *, fresh: bool) -> None:
     """Note the configuration in ``output``, or stop if it holds the work of another one."""
-    path = os.path.join(output, "config.yaml")
-    if os.path.exists(path):
+    path = os.path.join(output, MARKER)
+    is_ours = os.path.exists(path)
+    if not is_ours and any(not name.startswith(".") for name in os.listdir(output)):
+        sys.exit(f"{output} holds files that are not of this quickstart; choose another --output")
+    if fresh:
+        _delete_made(output)
+    for folder in (output, *(os.path.join(output, name) for name in ("val", "val_shuffled"))):
+        sweep_temporaries(folder)
+    if is_ours and not fresh:
         with open(path) as file:
             if file.read() != cfg.dump():
                 sys.exit(f"{output} holds another configuration's work; pass --fresh or --output")
         return
     with atomic_write(path) as file:
         file.write(cfg.dump())
+
+
+def _delete_made(output: str) -> None:
+    with claim(os.path.join(output, "train")):  # no training of an earlier quickstart goes on there
+        for pattern in MADE:
+            for path in glob.glob(os.path.join(glob.escape(output), pattern)):
+                os.remove(path)
+
+
+def _write_data(images: dict[str, int], *, fresh: bool) -> None:
+    root = os.path.join(dataset_root(), "refshapes")
+    notes = os.path.join(root, "refshapes.json")
+    made = load_json(notes) if os.path.exists(notes) else {}
+    is_ours = made.items() >= asdict(SCENES).items()
+    try:
+        refshapes.write(root, images, SCENES, overwrite=fresh and is_ours)
+    except FileExistsError as error:
+        sys.exit(
+            f"{error}\n(here: --fresh replaces the data of an earlier quickstart, and no others; "
+            "DETECTRON2_DATASETS=DIRECTORY puts the quickstart's elsewhere)"
+        )
 
 
 def _command(args: argparse.Namespace, *options: str) -> list[str]:
@@ -157,19 +206,17 @@ def _command(args: argparse.Namespace, *options: str) -> list[str]:
 
 def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Run train_net.py to the end and print a line every PROGRESS_SECONDS."""
-    if os.path.exists(os.path.join(cfg.OUTPUT_DIR, "model_final.pth")):
+    history = read_history(cfg.OUTPUT_DIR)
+    final = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    if os.path.exists(final) and has_evaluation(history, cfg.SOLVER.MAX_ITER):
         print("      finished before; --fresh trains again", flush=True)
         return
-    resume = os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-    command = _command(args, *(["--resume"] if resume else [])) + ["OUTPUT_DIR", cfg.OUTPUT_DIR]
+    command = _command(args, "--resume") + ["OUTPUT_DIR", cfg.OUTPUT_DIR]
     print(f"      {shlex.join(command)}", flush=True)
     progress = partial(_print_progress, cfg)
-    try:
-        status = follow_training(
-            [sys.executable, *command[1:]], cfg.OUTPUT_DIR, progress, every=PROGRESS_SECONDS
-        )
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; run it again to go on from the last checkpoint")
+    status = follow_training(
+        [sys.executable, *command[1:]], cfg.OUTPUT_DIR, progress, every=PROGRESS_SECONDS
+    )
     if status:
         console = os.path.join(cfg.OUTPUT_DIR, "console.txt")
         with open(console) as file:
@@ -319,7 +366,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--fresh", action="store_true", help="delete earlier data and output first")
+    parser.add_argument(
+        "--fresh", action="store_true", help="delete what an earlier quickstart made first"
+    )
     parser.add_argument(
         "--output", default=os.path.join("output", "quickstart"), metavar="DIRECTORY"
     )
@@ -333,4 +382,5 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    stop_on_signals()
     main()

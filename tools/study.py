@@ -61,9 +61,10 @@ from ris_d2.engine.follow import (
     follow_training,
     minutes_and_seconds,
     read_history,
+    stop_on_signals,
 )
 from ris_d2.evaluation.report import ROW, summarize
-from ris_d2.io import atomic_write, load_json
+from ris_d2.io import atomic_write, load_json, sweep_temporaries
 from ris_d2.yaml_files import read_yaml
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -370,9 +371,8 @@ def execute(run: Run, limit: float | None) -> dict:
     state = {"state": "stopped", "seconds": before}
     run.write(state)
     cfg = run.config
-    resume = os.path.exists(os.path.join(run.folder, "last_checkpoint"))
-    command = ["python", os.path.join(REPOSITORY, "train_net.py")]
-    command += ["--config-file", run.study.cells[run.cell][0]] + ["--resume"] * resume
+    command = ["python", os.path.join(REPOSITORY, "train_net.py"), "--resume"]
+    command += ["--config-file", run.study.cells[run.cell][0]]
     command += _command_options(run.study, run.cell, run.seed, run.folder)
 
     def progress(seconds: float) -> None:
@@ -604,6 +604,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(str(error))
     page = args.report or os.path.join(REPOSITORY, "docs", "studies", f"{study.name}.md")
     if not args.report_only:
+        sweep_temporaries(os.path.dirname(page))
         with _claimed(args.output):
             try:
                 _execute_all(study, runs, args, page)
@@ -700,6 +701,5 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    # Asked to end (kill, a closing shell): stop the training, too, and write the report.
-    signal.signal(signal.SIGTERM, partial(signal.default_int_handler))
+    stop_on_signals()
     main()

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import logging
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 
 import cv2
@@ -14,6 +15,7 @@ from detectron2.data.common import DatasetFromList
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..processes import die_with_parent
 from .catalog import load_records
 from .mapper import ReferringMapper
 from .nsc import ConversionLog, NonReferentConversion, SentencePool
@@ -247,4 +249,6 @@ class _TestImages(Dataset):
 
 
 def _init_worker(worker_id: int) -> None:
+    # torch's workers watch their parent only once they have started, which takes them seconds.
+    die_with_parent(multiprocessing.parent_process().pid)
     cv2.setNumThreads(0)  # every worker a core; OpenCV's own threads would compete for it

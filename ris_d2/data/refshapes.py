@@ -11,13 +11,13 @@ import json
 import logging
 import os
 import pickle
-import shutil
 from dataclasses import asdict, dataclass, field
 from math import cos, pi, sin
 from typing import Any
 
 import numpy as np
 
+from ..io import atomic_folder, sweep_temporaries
 from .refshapes_language import (
     COLORS,
     DIRECTIONS,
@@ -477,8 +477,9 @@ def write(
     everything = [scene for split in SPLITS for scene in scenes[split]]
     published = [scene for scene in everything if scene.split != "heldout"]
 
-    partial = f"{root}.partial-{os.getpid()}"
-    try:
+    for path in sweep_temporaries(os.path.dirname(root)):
+        logger.info("Removed %s, which a killed process left", path)
+    with atomic_folder(root) as partial:
         for folder in ("images/train2014", "refcoco", "grefcoco"):
             os.makedirs(os.path.join(partial, folder))
         for scene in everything:
@@ -495,18 +496,15 @@ def write(
             pickle.dump(refs, file, protocol=2)
         write_tokenizer(f"{partial}/tokenizer")
         _dump(f"{partial}/refshapes.json", made)
-        if os.path.isdir(root) and os.listdir(root):
-            os.rename(root, f"{root}.old-{os.getpid()}")
-        os.rename(partial, root)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(f"{root}.old-{os.getpid()}", ignore_errors=True)
     return True
 
 
 def _dump(path: str, value: object) -> None:
     with open(path, "w") as file:
         json.dump(value, file)
+
+
+_TREE = ("images", "refcoco", "grefcoco", "tokenizer", "refshapes.json")
 
 
 def _made(root: str) -> dict | None:
@@ -525,6 +523,12 @@ def _check_free(root: str, made: dict, overwrite: bool) -> None:
     if there is None:
         raise FileExistsError(
             f"{root} exists and was not written by RefShapes; choose another --root"
+        )
+    strangers = sorted({*os.listdir(root)} - {*_TREE})
+    if overwrite and strangers:
+        raise FileExistsError(
+            f"{root} also holds {', '.join(strangers[:3])}, which RefShapes did not write; move it, or "
+            "choose another --root"
         )
     if there != made and not overwrite:
         different = [k for k in made if there.get(k) != made[k]]

@@ -1,6 +1,6 @@
 """Training and evaluation on top of detectron2's DefaultTrainer."""
 
-from .processes import launch, leave_process_group
+from .processes import claim, launch, leave_process_group
 from .trainer import Trainer
 
-__all__ = ["Trainer", "launch", "leave_process_group"]
+__all__ = ["Trainer", "claim", "launch", "leave_process_group"]

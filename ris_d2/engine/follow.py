@@ -3,11 +3,22 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["describe_progress", "follow_training", "minutes_and_seconds", "read_history"]
+from ..processes import die_with_parent
+
+__all__ = [
+    "cut_history",
+    "describe_progress",
+    "follow_training",
+    "has_evaluation",
+    "minutes_and_seconds",
+    "read_history",
+    "stop_on_signals",
+]
 
 # glibc gives the memory of large tensors back and asks for it again at every step of a small model
 # on a CPU; to keep it saves 15 % of the step.
@@ -24,7 +35,8 @@ def follow_training(
 ) -> int:
     """Run ``command`` to its end and return its exit status.
 
-    The process ends with this call, also where ``on_progress`` or a signal raises.
+    The process ends with this call, also where ``on_progress`` or a signal raises; on Linux also
+    where this process is killed.
 
     Args:
         command: program and arguments; what it prints is appended to ``output_dir``/console.txt.
@@ -35,12 +47,15 @@ def follow_training(
     """
     os.makedirs(output_dir, exist_ok=True)
     begin = time.perf_counter()
+    this_process = os.getpid()
     with open(os.path.join(output_dir, "console.txt"), "a") as console:
         process = subprocess.Popen(
             command,
             stdout=console,
             stderr=subprocess.STDOUT,
             env={**_KEEP_MEMORY, **os.environ, **(environment or {})},
+            # SIGTERM: torchrun then ends its processes, too.
+            preexec_fn=lambda: die_with_parent(this_process, signal.SIGTERM),
         )
     try:
         while True:
@@ -69,6 +84,44 @@ def read_history(output_dir: str) -> list[dict]:
                     record = json.loads(line)
                     lines.setdefault(record["iteration"], {}).update(record)
     return [lines[i] for i in sorted(lines)]
+
+
+def cut_history(output_dir: str, iteration: float) -> None:
+    """Cut metrics.json where a training goes on from ``iteration``.
+
+    What is cut off comes anew: the lines from there on, and half a line of a killed process, which
+    would take the next whole one with it.
+    """
+    path = os.path.join(output_dir, "metrics.json")
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as file:
+        lines = file.readlines()
+    kept = len(lines)
+    while kept and not _is_before(lines[kept - 1], iteration):
+        kept -= 1
+    if kept < len(lines):
+        os.truncate(path, sum(map(len, lines[:kept])))
+
+
+def _is_before(line: bytes, iteration: float) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["iteration"] < iteration
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def has_evaluation(history: Sequence[Mapping], iteration: int) -> bool:
+    """Whether ``history`` (``read_history``) has metrics of an evaluation at that iteration."""
+    # Results are named <task>/<metric> or <test set>/<task>/<metric>; nothing else has a slash.
+    return any("/" in name for line in history if line["iteration"] == iteration for name in line)
+
+
+def stop_on_signals() -> None:
+    """Let SIGTERM and SIGHUP (kill, a closing terminal) interrupt this process as Ctrl-C does."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, signal.default_int_handler)
 
 
 def describe_progress(seconds: float, history: Sequence[Mapping], max_iter: int) -> str:

@@ -4,16 +4,18 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
 from ..checkpoint import RISCheckpointer
-from ..io import atomic_write, load_json
+from ..io import atomic_write, load_json, reading
+from .follow import cut_history, has_evaluation, read_history
 
-__all__ = ["BestCheckpoint", "StepSeed"]
+__all__ = ["BestCheckpoint", "Evaluation", "StepSeed"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +37,46 @@ class StepSeed(HookBase):
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
+class Evaluation(hooks.EvalHook):
+    """EvalHook that makes up, on resume, for an evaluation that was interrupted.
+
+    Checkpoints are written before the evaluation of the same iteration. That metrics.json has its
+    metrics says that the evaluation came to its end.
+
+    Args:
+        period: iterations between evaluations; 0 = only at the end.
+        evaluate: returns a nested dict of metrics.
+        output_dir: has metrics.json.
+    """
+
+    def __init__(self, period: int, evaluate: Callable[[], dict], output_dir: str):
+        super().__init__(period, evaluate)
+        self._output_dir = output_dir
+
+    def before_train(self) -> None:
+        start, end = self.trainer.start_iter, self.trainer.max_iter
+        if comm.is_main_process():
+            cut_history(self._output_dir, start or math.inf)
+        is_due = 0 < start < end and self._period > 0 and start % self._period == 0
+        if not is_due:
+            return
+        history = read_history(self._output_dir) if comm.is_main_process() else []
+        if comm.all_gather(has_evaluation(history, start - 1))[0]:
+            return
+        logger.info("The evaluation after %d iterations was interrupted: evaluating", start)
+        self.trainer.storage.iter = start - 1
+        self._do_eval()
+
+    def after_train(self) -> None:
+        # The stock hook evaluates after a last step that failed, too.
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
+
+
 class BestCheckpoint(HookBase):
     """Keep the weights of the best evaluation in ``model_best.pth``, on resume too.
 
-    Runs after EvalHook. The score is the mean of ``metric`` over the validation sets ("val" in their
+    Runs after Evaluation. The score is the mean of ``metric`` over the validation sets ("val" in their
     name) that define it; over all test sets only if none of them is a validation set.
     ``model_best.json`` beside the weights, {"metric", "value", "iteration": optimizer steps done},
     is written after them and read when a resumed training starts.
@@ -55,25 +93,27 @@ class BestCheckpoint(HookBase):
         self._record = os.path.join(checkpointer.save_dir, "model_best.json")
 
     def before_train(self) -> None:
-        if self.trainer.start_iter == 0 or not os.path.isfile(self._record):
-            return
+        if self.trainer.start_iter > 0 and os.path.isfile(self._record):
+            self._read_record()
+        self._keep_if_better(self.trainer.start_iter)  # of an evaluation that was made up for
+
+    def _read_record(self) -> None:
         best = load_json(self._record)
-        if best["metric"] != self._metric:
+        with reading(self._record):
+            metric, value = str(best["metric"]), float(best["value"])
+        if metric != self._metric:
             logger.warning(
-                "%s is about %s; the best %s is sought anew",
-                self._record,
-                best["metric"],
-                self._metric,
+                "%s is about %s; the best %s is sought anew", self._record, metric, self._metric
             )
             return
-        self._best = best["value"]
-        logger.info("Best %s so far: %.2f", self._metric, self._best)
+        self._best = value
+        logger.info("Best %s so far: %.2f", metric, value)
 
     def after_step(self) -> None:
         self._keep_if_better(self.trainer.iter + 1)
 
     def after_train(self) -> None:
-        if self.trainer.iter == self.trainer.max_iter:  # not after a failure
+        if self.trainer.iter >= self.trainer.max_iter:  # not after a failure
             self._keep_if_better(self.trainer.iter)
 
     def _keep_if_better(self, steps_done: int) -> None:

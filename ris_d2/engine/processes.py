@@ -1,12 +1,12 @@
 """Processes of distributed training and evaluation: how they start, what they share, how they end."""
 
-import ctypes
+import contextlib
 import datetime
+import errno
+import logging
 import os
-import signal
 import socket
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,19 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import nn
 
-__all__ = ["die_with_parent", "launch", "leave_process_group", "share_buffers"]
+from ..processes import die_with_parent
+
+__all__ = ["claim", "launch", "leave_process_group", "share_buffers"]
+
+try:
+    import fcntl
+except ImportError:  # Windows: two trainings in one folder are not noticed
+    fcntl = None
+
+logger = logging.getLogger(__name__)
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _TIMEOUT = datetime.timedelta(minutes=30)
-_PR_SET_PDEATHSIG = 1
-# Found before any fork: a child of a process with threads must not wait for the loader's lock.
-_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 def launch(
@@ -68,6 +74,30 @@ def launch(
         )
 
 
+@contextlib.contextmanager
+def claim(folder: str) -> Iterator[None]:
+    """Within, no other process claims ``folder``; the claim ends with this process, however it ends.
+
+    Raises:
+        BlockingIOError: another process has claimed it.
+    """
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, ".lock")
+    with open(path, "w") as file:
+        if fcntl is not None:
+            try:
+                # Not flock: a forked worker of the loader would hold that one for seconds longer.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise BlockingIOError(
+                        f"another training is at work in {folder}; wait for it, end it, or choose "
+                        "another OUTPUT_DIR"
+                    ) from None
+                logger.warning("%s cannot be locked (%s): start one training here", path, error)
+        yield
+
+
 def share_buffers(model: nn.Module) -> None:
     """Give every process the main one's buffers: BatchNorm's running statistics.
 
@@ -96,20 +126,6 @@ def leave_process_group() -> None:
     comm._get_global_gloo_group.cache_clear()
     comm._LOCAL_PROCESS_GROUP = None
     dist.destroy_process_group()
-
-
-def die_with_parent(parent: int, with_signal: int = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when the one that started it ends (Linux only).
-
-    Args:
-        parent: its process id; where it has ended already, so does this process.
-        with_signal: SIGKILL also ends a process that waits for a GPU or for other processes.
-    """
-    if _prctl is None:
-        return
-    _prctl(_PR_SET_PDEATHSIG, int(with_signal), 0, 0, 0)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), with_signal)
 
 
 def _run_process(

@@ -13,12 +13,14 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, JSONWriter
 from torch import nn
 
 from ..checkpoint import RISCheckpointer
 from ..data.loader import build_test_loader, build_train_loader
 from ..evaluation import ReferringEvaluator
-from .hooks import BestCheckpoint, StepSeed
+from ..io import sweep_temporaries
+from .hooks import BestCheckpoint, Evaluation, StepSeed
 from .optimizer import build_optimizer
 from .processes import share_buffers
 from .schedule import build_lr_scheduler, with_iterations
@@ -67,30 +69,53 @@ class Trainer(DefaultTrainer):
         _log_epochs(self.cfg, self.data_loader.units_per_epoch)
 
     def build_hooks(self) -> list[HookBase]:
-        """Return the stock hooks, StepSeed before them and BestCheckpoint after the evaluation."""
+        """Return the stock hooks, with StepSeed, our Evaluation and BestCheckpoint."""
         # DefaultTrainer's constructor made the stock checkpointer; hooks get theirs from here.
         self.checkpointer = RISCheckpointer(
             self.model,
             self.cfg.OUTPUT_DIR,
             init=self.cfg.MODEL.INIT,
             save_frozen=self.cfg.MODEL.SAVE_FROZEN,
+            keep=self.cfg.SOLVER.RIS.KEEP_CHECKPOINTS,
             trainer=weakref.proxy(self),
         )
         self._step_seed = StepSeed(self.cfg.SEED)
         stock = super().build_hooks()
+        position = next(i for i, hook in enumerate(stock) if isinstance(hook, hooks.EvalHook))
+        evaluations = [Evaluation(self.cfg.TEST.EVAL_PERIOD, self._evaluate, self.cfg.OUTPUT_DIR)]
         if comm.is_main_process():
-            after_evaluation = 1 + next(
-                i for i, hook in enumerate(stock) if isinstance(hook, hooks.EvalHook)
+            evaluations.append(BestCheckpoint(self.checkpointer, self.cfg.TEST.BEST_METRIC))
+            evaluations.append(
+                hooks.CallbackHook(
+                    before_train=self._log_evaluation, after_step=self._log_evaluation
+                )
             )
-            stock.insert(
-                after_evaluation, BestCheckpoint(self.checkpointer, self.cfg.TEST.BEST_METRIC)
-            )
+        stock[position : position + 1] = evaluations
         return [self._step_seed, *stock]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume from OUTPUT_DIR's last checkpoint, or start from MODEL.INIT and MODEL.WEIGHTS."""
         super().resume_or_load(resume)
         self.data_loader.start = self.start_iter
+
+    def build_writers(self) -> list[EventWriter]:
+        writers = super().build_writers()
+        self._history = [writer for writer in writers if isinstance(writer, JSONWriter)]
+        return writers
+
+    def train(self) -> dict | None:
+        if comm.is_main_process():
+            for folder in self._output_folders():
+                for path in sweep_temporaries(folder):
+                    logger.info("Removed %s, which a killed process left", path)
+        return super().train()
+
+    def after_train(self) -> None:
+        # detectron2 counts a step after its loop; here there was none, the training had come to its
+        # end before it was resumed.
+        if self.start_iter >= self.max_iter:
+            self.iter = self.start_iter
+        super().after_train()
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -151,6 +176,21 @@ class Trainer(DefaultTrainer):
             for dataset, tasks in results.items()
             for task, metrics in tasks.items()
         )
+
+    def _evaluate(self) -> dict[str, dict[str, float]]:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
+
+    def _log_evaluation(self, _: TrainerBase) -> None:
+        # At once, not with the next losses: metrics.json says which evaluations came to their end.
+        latest = self.storage.latest().items()
+        if any("/" in name and iteration == self.storage.iter for name, (_, iteration) in latest):
+            for writer in self._history:
+                writer.write()
+
+    def _output_folders(self) -> list[str]:
+        inference = os.path.join(self.cfg.OUTPUT_DIR, "inference")
+        return [self.cfg.OUTPUT_DIR, *(os.path.join(inference, n) for n in self.cfg.DATASETS.TEST)]
 
     def _restore_seed(self, seed: int | None) -> None:
         if seed is None or seed == self.cfg.SEED:

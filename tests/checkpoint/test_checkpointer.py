@@ -1,4 +1,6 @@
+import errno
 import logging
+import os
 
 import pytest
 import torch
@@ -296,3 +298,60 @@ class TestFrozenLeftOut:
         checkpointer.save("whole")
         content = torch.load(tmp_path / "whole.pth", weights_only=True)
         assert content["model"].keys() == model.state_dict().keys()
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path):
+    model = Model()
+    RISCheckpointer(model, str(tmp_path)).save("model_0000001")
+    with torch.no_grad():
+        model.decoder[1].running_var[3] = float("nan")
+    for save in ("save", "save_weights"):
+        with pytest.raises(FloatingPointError, match="b.pth is not written: 1 .*running_var"):
+            getattr(RISCheckpointer(model, str(tmp_path)), save)("b")
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert not (tmp_path / "b.pth").exists()
+    path = write(tmp_path / "nan.pth", {"model": model.state_dict()})
+    intact = Model()
+    before = {name: value.clone() for name, value in intact.state_dict().items()}
+    with pytest.raises(
+        ValueError, match="nan.pth holds infinite numbers or NaN in 1 .*running_var"
+    ):
+        RISCheckpointer(intact).load(path)
+    assert all(torch.equal(value, before[name]) for name, value in intact.state_dict().items())
+    content = published()
+    content["model"]["beit3.layer.weight"][0, 0] = float("inf")
+    path = write(tmp_path / "beit3.pth", content)
+    with pytest.raises(ValueError, match="beit3.pth holds infinite numbers"):
+        load_init(intact, [["beit3", path]])
+
+
+def test_a_full_disk_is_called_so_and_costs_nothing(tmp_path, monkeypatch):
+    checkpointer = RISCheckpointer(Model(), str(tmp_path))
+    checkpointer.save("model_0000001")
+    before = (tmp_path / "model_0000001.pth").read_bytes()
+
+    class Full:
+        """A file on a disk that has room for 1,000 bytes."""
+
+        def __init__(self, file):
+            self.file, self.left = file, 1000
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            self.left -= len(data)
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(data)
+
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda data, file: save(data, Full(file)))
+    for name in ("model_0000001", "model_0000002"):
+        with pytest.raises(OSError, match=f"No space left on device: .*{name}.pth"):
+            checkpointer.save(name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "last_checkpoint",
+        "model_0000001.pth",
+    ]
+    assert (tmp_path / "model_0000001.pth").read_bytes() == before

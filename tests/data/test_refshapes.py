@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import runpy
 import sys
@@ -472,6 +473,22 @@ def test_rewriting(tmp_path, monkeypatch):
 
     assert write(str(root), {"train": 2}, QUICKSTART, overwrite=True)
     assert len(list((root / "images/train2014").iterdir())) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_overwriting_loses_no_file_of_others(tmp_path):
+    assert write(str(tmp_path), {"train": 1}, QUICKSTART)
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="also holds precious.txt"):
+        write(str(tmp_path), {"train": 2}, QUICKSTART, overwrite=True)
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path):
+    left = tmp_path / ".ris_d2-0123abcd.set"
+    (left / "images").mkdir(parents=True)
+    os.utime(left, (0, 0))
+    assert write(str(tmp_path / "set"), {"train": 1}, QUICKSTART)
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 

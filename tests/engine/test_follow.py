@@ -1,13 +1,21 @@
 """Trainings that are followed from outside."""
 
 import json
+import math
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
-from ris_d2.engine.follow import describe_progress, follow_training, read_history
+from ris_d2.engine.follow import (
+    cut_history,
+    describe_progress,
+    follow_training,
+    has_evaluation,
+    read_history,
+)
 
 
 def test_history_survives_resume_and_half_written_lines(tmp_path):
@@ -69,3 +77,66 @@ def test_a_process_does_not_outlive_its_follower(tmp_path, monkeypatch):
         command = [sys.executable, "-c", "import time; time.sleep(60)"]
         follow_training(command, str(tmp_path), stop, every=0.1)
     assert started[0].poll() is not None and time.perf_counter() - begin < 30
+
+
+FOLLOWER = """
+import sys
+from ris_d2.engine.follow import follow_training, stop_on_signals
+stop_on_signals()
+training = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(100)"
+follow_training([sys.executable, "-c", training, sys.argv[1]], sys.argv[2], print)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a killed process takes nobody along")
+def test_a_training_ends_with_its_follower_however_that_ends(tmp_path):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
+    notes = [tmp_path / number.name for number in numbers]
+    followers = [
+        subprocess.Popen(
+            [sys.executable, "-c", FOLLOWER, str(note), str(tmp_path / f"{note.name}_output")],
+            start_new_session=True,  # a terminal's Ctrl-C would reach the training by itself
+            stderr=subprocess.DEVNULL,
+        )
+        for note in notes
+    ]
+    try:
+        wait_until(lambda: all(note.exists() and note.read_text() for note in notes), 120)
+        for number, follower in zip(numbers, followers, strict=True):
+            follower.send_signal(number)
+        for follower in followers:
+            assert follower.wait(20) != 0
+        wait_until(lambda: not any(is_running(int(note.read_text())) for note in notes), 10)
+    finally:
+        for follower in followers:
+            follower.kill()
+
+
+def wait_until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_running(process):
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(") ")[2][0] != "Z"  # ended, and nobody has asked how
+    except FileNotFoundError:
+        return False
+
+
+def test_history_is_cut_where_a_training_goes_on(tmp_path):
+    path = tmp_path / "metrics.json"
+    lines = [f'{{"iteration": {i}, "total_loss": 1.0}}\n' for i in (19, 39, 59, 79)]
+    path.write_text("".join(lines) + '{"iteration": 99, "tot')
+    cut_history(str(tmp_path), math.inf)
+    assert path.read_text() == "".join(lines)
+    cut_history(str(tmp_path), 59)
+    assert path.read_text() == "".join(lines[:2])
+    cut_history(str(tmp_path), 40)
+    assert path.read_text() == "".join(lines[:2])
+    cut_history(str(tmp_path / "absent"), 0)
+    assert has_evaluation([{"iteration": 39, "referring/gIoU": 1.0}], 39)
+    assert not has_evaluation([{"iteration": 39, "total_loss": 1.0}], 39)

@@ -2,15 +2,19 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from ris_toy import ToyTrainer, toy_cfg
+
+from ris_d2.engine import claim, launch
 
 HERE = Path(__file__).parent
 OPTIONS = {"TOY_DROPOUT": 0.0, "SOLVER__RIS__ACCUMULATION": 2, "TEST__EVAL_PERIOD": 4}
@@ -83,3 +87,31 @@ def test_torchrun_evaluates_a_checkpoint_as_training_did(two):
     output = run_script(two, "--eval-only", "--resume", launcher=launcher)
     assert results(two) == before
     assert "gIoU" in output
+
+
+def claim_and_wait(folder, claimed):
+    with claim(folder):
+        claimed.set()
+        time.sleep(100)
+
+
+def test_two_trainings_do_not_work_in_one_folder(tmp_path):
+    context = multiprocessing.get_context("fork")
+    claimed = context.Event()
+    other = context.Process(target=claim_and_wait, args=(str(tmp_path), claimed))
+    other.start()
+    try:
+        assert claimed.wait(20)
+        with pytest.raises(BlockingIOError, match="another training is at work in"):
+            with claim(str(tmp_path)):
+                pass
+    finally:
+        other.kill()
+        other.join()
+    with claim(str(tmp_path)):  # a killed process claims nothing
+        pass
+
+
+def test_more_processes_than_gpus_are_refused():
+    with pytest.raises(ValueError, match="processes for [0-9]+ visible GPUs.*MODEL.DEVICE cpu"):
+        launch(print, device="cuda", num_processes=torch.cuda.device_count() + 2)

@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+import os
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from detectron2.engine import HookBase
 from ris_toy import ToyTrainer, toy_cfg, toy_mapper
 
 from ris_d2.data.loader import build_train_loader
+from ris_d2.engine.follow import read_history
 
 
 class Recorder(HookBase):
@@ -142,6 +144,182 @@ def test_nan_loss_stops_and_names_the_samples(tmp_path):
     assert not (tmp_path / "model_final.pth").exists()
 
 
+class Killed(BaseException):
+    """Ends a training at once; as a killed process, it writes nothing more."""
+
+
+def killed_in(function, call):
+    """A trainer that dies in its ``call``-th call (from 1) of a method: before it does anything."""
+    calls = []
+
+    def dying(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return getattr(super(Dying, self), function)(*args, **kwargs)
+
+    class Dying(ToyTrainer):
+        def after_train(self):
+            if (
+                len(calls) < call
+            ):  # what hooks still do after an exception, a kill does not let them
+                super().after_train()
+
+    setattr(Dying, function, dying)
+    return Dying
+
+
+def evaluations(output_dir):
+    return [
+        (line["iteration"], line["referring/gIoU"], line["referring/cIoU"])
+        for line in read_history(str(output_dir))
+        if "referring/gIoU" in line
+    ]
+
+
+def outcome(output_dir):
+    """All that a training leaves: weights, results, history of evaluations, the best."""
+    weights = {
+        name: torch.load(output_dir / f"{name}.pth", weights_only=True)["model"]
+        for name in ("model_final", "model_best")
+    }
+    weights = {k: {n: v.tolist() for n, v in w.items()} for k, w in weights.items()}
+    folder = output_dir / "inference" / "toy_ris_val"
+    files = sorted(path.name for path in output_dir.iterdir() if ".tfevents" not in path.name)
+    return {
+        "weights": weights,
+        "results": [
+            (folder / name).read_text() for name in ("results.json", "per_expression.jsonl")
+        ],
+        "evaluations": evaluations(output_dir),
+        "best": json.loads((output_dir / "model_best.json").read_text()),
+        "tag": (output_dir / "last_checkpoint").read_text(),
+        "files": files,
+    }
+
+
+INTERRUPTED = {"TEST__EVAL_PERIOD": 3, "SOLVER__CHECKPOINT_PERIOD": 3, "SOLVER__MAX_ITER": 9}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("straight")
+    train(output_dir, **INTERRUPTED)
+    return outcome(output_dir)
+
+
+@pytest.mark.parametrize(
+    "function, call",
+    [
+        ("run_step", 2),  # before there is a checkpoint
+        ("run_step", 5),
+        ("_evaluate", 1),
+        ("_evaluate", 2),
+        ("_evaluate", 3),  # the last one
+        ("_log_evaluation", 4),  # after the evaluation, before it is in metrics.json
+    ],
+)
+def test_a_training_that_is_killed_ends_as_a_straight_one(straight, tmp_path, function, call):
+    with pytest.raises(Killed):
+        train(tmp_path, trainer_class=killed_in(function, call), **INTERRUPTED)
+    anew = not (tmp_path / "last_checkpoint").exists()
+    train(tmp_path, resume=True, seed_of_init=0 if anew else 99, **INTERRUPTED)
+    assert [iteration for iteration, *_ in straight["evaluations"]] == [2, 5, 9]
+    assert outcome(tmp_path) == straight
+
+
+def test_a_training_that_is_killed_again_and_again(straight, tmp_path):
+    for function, call in [("_evaluate", 1), ("_evaluate", 1), ("run_step", 2), ("_evaluate", 2)]:
+        with pytest.raises(Killed):
+            train(tmp_path, resume=True, trainer_class=killed_in(function, call), **INTERRUPTED)
+    train(tmp_path, resume=True, seed_of_init=99, **INTERRUPTED)
+    assert outcome(tmp_path) == straight
+    before = evaluations(tmp_path)
+    train(tmp_path, resume=True, **INTERRUPTED)  # nothing is left to do
+    assert outcome(tmp_path) == straight and evaluations(tmp_path) == before
+
+
+def test_an_evaluation_that_came_to_its_end_is_not_repeated(tmp_path):
+    calls = []
+
+    class Counting(ToyTrainer):
+        def _evaluate(self):
+            calls.append(self.storage.iter)
+            return super()._evaluate()
+
+    class Stopped(Counting):
+        def run_step(self):
+            if self.iter == 3:
+                raise Killed
+            super().run_step()
+
+    with pytest.raises(Killed):
+        train(tmp_path, trainer_class=Stopped, **INTERRUPTED)
+    train(tmp_path, resume=True, trainer_class=Counting, **INTERRUPTED)
+    assert calls == [2, 5, 9]
+
+
+def test_a_last_step_that_fails_is_not_evaluated(tmp_path):
+    class Failing(ToyTrainer):
+        def run_step(self):
+            if self.iter == 1:
+                raise FloatingPointError
+            super().run_step()
+
+    with pytest.raises(FloatingPointError):
+        train(tmp_path, trainer_class=Failing, SOLVER__MAX_ITER=2)
+    assert not (tmp_path / "inference").exists()
+
+
+def test_temporaries_of_killed_writes_are_swept_at_the_start(tmp_path):
+    ours = tmp_path / ".ris_d2-0123abcd.model_0000001.pth"
+    others = tmp_path / ".0123abcd.notes.txt"
+    for path in (ours, others):
+        path.write_text("half")
+        os.utime(path, (0, 0))
+    train(tmp_path, SOLVER__MAX_ITER=1)
+    assert not ours.exists() and others.exists()
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    options = {"SOLVER__CHECKPOINT_PERIOD": 1, "SOLVER__RIS__KEEP_CHECKPOINTS": 2}
+    train(tmp_path, SOLVER__MAX_ITER=5, **options)
+    assert numbered(tmp_path) == ["model_0000003.pth", "model_0000004.pth"]
+    train(tmp_path, resume=True, SOLVER__MAX_ITER=6, **options)
+    assert numbered(tmp_path) == ["model_0000004.pth", "model_0000005.pth"]
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert (tmp_path / "model_best.pth").exists() and (tmp_path / "model_final.pth").exists()
+    options["SOLVER__RIS__KEEP_CHECKPOINTS"] = 0
+    train(tmp_path / "all", SOLVER__MAX_ITER=5, **options)
+    assert len(numbered(tmp_path / "all")) == 5
+
+
+def numbered(output_dir):
+    return sorted(path.name for path in output_dir.glob("model_0*.pth"))
+
+
+@pytest.mark.parametrize("tag", ["missing", "of a broken file", "of no file"])
+def test_resuming_finds_the_newest_whole_checkpoint(tmp_path, caplog, tag):
+    train(tmp_path, SOLVER__MAX_ITER=6, SOLVER__CHECKPOINT_PERIOD=2)
+    last, final = tmp_path / "last_checkpoint", tmp_path / "model_final.pth"
+    if tag == "missing":
+        last.unlink()
+        final.unlink()
+    elif tag == "of no file":
+        final.unlink()
+    else:
+        final.write_bytes(final.read_bytes()[:-100])
+        newest = tmp_path / "model_0000005.pth"
+        content = bytearray(newest.read_bytes())
+        for i in range(len(content) // 2, len(content) // 2 + 300):
+            content[i] ^= 1
+        newest.write_bytes(content)
+    with caplog.at_level(logging.WARNING, "ris_d2"):
+        trainer, _ = train(tmp_path, resume=True, SOLVER__MAX_ITER=8)
+    assert trainer.start_iter == (4 if tag == "of a broken file" else 6)
+    assert "last_checkpoint names no whole file; the newest one is" in caplog.text
+
+
 def test_gradient_is_clipped_as_a_whole(tmp_path):
     options = {"SOLVER__MAX_ITER": 1, "SOLVER__RIS__ACCUMULATION": 2, "TOY_DROPOUT": 0.0}
     clipped, _ = train(tmp_path / "a", SOLVER__RIS__CLIP_GRAD_NORM=0.01, **options)
@@ -268,11 +446,17 @@ def test_infinite_gradient_of_a_finite_loss_stops(tmp_path, clip):
     assert not list(tmp_path.glob("*.pth"))
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+def test_weights_that_are_not_finite_are_neither_saved_nor_evaluated(tmp_path):
     """Finite losses and gradients, and an optimizer that overflows all the same."""
+
+    class Overflowing(ToyTrainer):
+        def run_step(self):
+            super().run_step()
+            self.model.encoder.weight.data[0, 0] = math.nan
+
     with pytest.raises(
         FloatingPointError, match="model_final.pth is not written: .*encoder.weight"
     ):
-        train(tmp_path, SOLVER__MAX_ITER=1, SOLVER__BASE_LR=1e39, SOLVER__WARMUP_ITERS=0)
+        train(tmp_path, trainer_class=Overflowing, SOLVER__MAX_ITER=1)
     assert not list(tmp_path.glob("*.pth")) and not (tmp_path / "last_checkpoint").exists()
     assert not (tmp_path / "inference").exists()

@@ -1,7 +1,12 @@
 """tools/quickstart.py: the whole way on a handful of images, and what its parts promise."""
 
+import contextlib
 import json
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +75,105 @@ def test_a_failing_training_shows_its_error(quickstart, config, tmp_path):
     arguments = _arguments(config, tmp_path / "out", "MODEL.RIS.PRECISION", "fp17")
     with pytest.raises(SystemExit, match="(?s)fp17.*training failed"):
         quickstart.main(arguments)
+
+
+def test_fresh_deletes_what_the_quickstart_made_and_nothing_else(quickstart, config, tmp_path):
+    output = tmp_path / "out"
+    (output / "train").mkdir(parents=True)
+    (output / "thesis.txt").write_text("years")
+    with pytest.raises(SystemExit, match="files that are not of this quickstart"):
+        quickstart.main(_arguments(config, output, "--fresh"))
+    assert (output / "thesis.txt").read_text() == "years"
+
+    cfg = quickstart._load_cfg(quickstart._parse(_arguments(config, output)))
+    (output / "quickstart.yaml").write_text("of other settings")
+    made = ["metrics.json", "train/model_0000001.pth", "train/log.txt", "val/results.json"]
+    made.append("train/inference/ris_grefshapes_val/results.json")
+    strangers = ["thesis.txt", "train/model_of_a_car.pth", "val/notes.txt", "eval/results.json"]
+    for name in made + strangers:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("content")
+    with pytest.raises(SystemExit, match="another configuration's work; pass --fresh"):
+        quickstart._prepare_output(str(output), cfg, fresh=False)
+    quickstart._prepare_output(str(output), cfg, fresh=True)
+    assert not any((output / name).exists() for name in made)
+    assert all((output / name).read_text() == "content" for name in strangers)
+    assert (output / "quickstart.yaml").read_text() == cfg.dump()
+
+
+def test_fresh_leaves_data_of_others(quickstart, config, tmp_path):
+    refshapes = quickstart.refshapes
+    root = tmp_path / "datasets" / "refshapes"
+    refshapes.write(str(root), {"train": 2, "val": 1}, refshapes.Options(max_shapes=6))
+    before = (root / "refshapes.json").read_text()
+    with pytest.raises(SystemExit, match="(?s)other options.*no others"):
+        quickstart.main(_arguments(config, tmp_path / "out", "--fresh"))
+    assert (root / "refshapes.json").read_text() == before
+
+
+def _processes_that_name(path):
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(path) in entry.read_text():
+                found.append(entry.parent.name)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a killed process takes nobody along")
+def test_killed_in_the_middle_it_leaves_no_process_and_ends_as_a_straight_one(
+    quickstart, load_tool, config, tmp_path, monkeypatch
+):
+    options = [
+        "SEED",
+        "1",
+        "SOLVER.MAX_ITER",
+        "6",
+        "SOLVER.CHECKPOINT_PERIOD",
+        "2",
+        "TEST.EVAL_PERIOD",
+        "2",
+    ]
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    command = [sys.executable, quickstart.__file__, *_arguments(config, killed, *options)]
+    with open(tmp_path / "log.txt", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while not (killed / "train" / "model_0000001.pth").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 10
+    while _processes_that_name(killed):
+        assert time.monotonic() < deadline, "its training goes on"
+        time.sleep(0.05)
+
+    train_net = load_tool("../train_net")
+    parser = train_net.default_argument_parser()
+
+    def train_here(command, *args, **kwargs):  # a process of its own takes seconds to start
+        train_net.main(parser.parse_args(command[2:]))
+        return 0
+
+    monkeypatch.setattr(quickstart, "follow_training", train_here)
+    report = quickstart.main(_arguments(config, killed, *options))
+    expected = quickstart.main(_arguments(config, straight, *options))
+    for name in ("metrics", "shuffled_sentences"):
+        assert report[name] == pytest.approx(expected[name], nan_ok=True, abs=0)
+    histories = [
+        [
+            {key: value for key, value in line.items() if "/" in key or key == "iteration"}
+            for line in quickstart.read_history(str(output / "train"))
+            if "referring/gIoU" in line
+        ]
+        for output in (killed, straight)
+    ]
+    assert histories[0] == pytest.approx(histories[1]) and len(histories[0]) == 3
+    best = [(output / "train" / "model_best.json").read_text() for output in (killed, straight)]
+    assert best[0] == best[1]
 
 
 def test_other_sentence_exchanges_words_for_other_targets(quickstart):

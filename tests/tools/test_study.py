@@ -121,7 +121,7 @@ def test_interrupted_resumed_kept_and_changed(study, files, train, tmp_path, cap
     cells = [re.search(r"runs/(\w+)/seed(\d)", c[-1]).groups() for c in train.commands]
     every = [("narrow", "1"), ("wide", "1"), ("narrow", "2"), ("wide", "2")]
     assert cells == [("narrow", "1"), *every], "a cell of two groups is trained once"
-    assert ["--resume" in command for command in train.commands] == [False, True] + 3 * [False]
+    assert all("--resume" in command for command in train.commands)
     text = page.read_text()
     assert "4 of 4 runs finished" in text and "Unfinished" not in text
     assert str(tmp_path) not in text and str(ROOT) not in text
