@@ -37,8 +37,13 @@ def sources():
 
 
 def third_party_imports(path):
-    """Distributions that ``path`` imports anywhere, its own package and standard library aside."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Distributions that ``path`` imports anywhere, its own package and standard library aside.
+
+    Comparisons import public code inside of functions, from the checkouts that they are given.
+    """
+    own = {"ris_d2", "setuptools", *(other.stem for other in path.parent.glob("*.py"))}
+    tree = ast.parse(path.read_text())
+    for node in tree.body if path.parent.name == "compare" else ast.walk(tree):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -46,7 +51,7 @@ def third_party_imports(path):
         else:
             continue
         for module in (name.partition(".")[0] for name in modules):
-            if module not in sys.stdlib_module_names and module not in ("ris_d2", "setuptools"):
+            if module not in sys.stdlib_module_names and module not in own:
                 yield DISTRIBUTIONS.get(module, module)
 
 
