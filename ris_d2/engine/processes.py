@@ -6,8 +6,9 @@ import errno
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -75,27 +76,41 @@ def launch(
 
 
 @contextlib.contextmanager
-def claim(folder: str) -> Iterator[None]:
+def claim(folder: str, *, patience: float = 5.0) -> Iterator[None]:
     """Within, no other process claims ``folder``; the claim ends with this process, however it ends.
+
+    Args:
+        folder: made if absent.
+        patience: seconds to wait for another process, which may have been killed and be about to end.
 
     Raises:
         BlockingIOError: another process has claimed it.
     """
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, ".lock")
-    with open(path, "w") as file:
-        if fcntl is not None:
-            try:
-                # Not flock: a forked worker of the loader would hold that one for seconds longer.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise BlockingIOError(
-                        f"another training is at work in {folder}; wait for it, end it, or choose "
-                        "another OUTPUT_DIR"
-                    ) from None
-                logger.warning("%s cannot be locked (%s): start one training here", path, error)
+    with open(os.path.join(folder, ".lock"), "w") as file:
+        deadline = time.monotonic() + patience
+        while not _lock(file):
+            if time.monotonic() > deadline:
+                raise BlockingIOError(
+                    f"another training is at work in {folder}; wait for it, end it, or choose another "
+                    "OUTPUT_DIR"
+                )
+            time.sleep(0.05)
         yield
+
+
+def _lock(file: IO) -> bool:
+    """Whether this process has the lock now, or nobody can have it."""
+    if fcntl is None:
+        return True
+    try:
+        # Not flock: a forked worker of the loader would hold that one for seconds longer.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        logger.warning("%s cannot be locked (%s): start one training there", file.name, error)
+    return True
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -103,7 +103,7 @@ def test_two_trainings_do_not_work_in_one_folder(tmp_path):
     try:
         assert claimed.wait(20)
         with pytest.raises(BlockingIOError, match="another training is at work in"):
-            with claim(str(tmp_path)):
+            with claim(str(tmp_path), patience=0.1):
                 pass
     finally:
         other.kill()
