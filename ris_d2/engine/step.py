@@ -21,8 +21,9 @@ class StepTrainer(SimpleTrainer):
     """SimpleTrainer with gradient accumulation, fp16 loss scaling and full-model clipping.
 
     Micro-batches are weighted by their expressions over all processes, so that losses which are
-    means over expressions have the gradient of the whole batch at once, whatever the sizes. (Losses
-    that normalise by something else, and BatchNorm, see micro-batches.) Precision is the model's
+    means over expressions have the gradient of the whole batch at once, whatever the sizes; losses
+    that are means over something else by what the model's ``loss_counts`` says. (BatchNorm sees
+    micro-batches.) Precision is the model's
     own business; only fp16 needs the scaler here.
 
     Args:
@@ -64,7 +65,7 @@ class StepTrainer(SimpleTrainer):
         data_time = time.perf_counter() - start
 
         self.optimizer.zero_grad()
-        shares = _shares_of_expressions(batches)
+        shares = _shares(self.model, batches)
         micro_losses = [
             self._backward(batch, share, last=batch is batches[-1])
             for batch, share in zip(batches, shares, strict=True)
@@ -103,11 +104,15 @@ class StepTrainer(SimpleTrainer):
         if self.grad_scaler and "grad_scaler" in state_dict:  # absent after a change of precision
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
-    def _backward(self, batch: list[dict], share: float, *, last: bool) -> dict[str, Tensor]:
+    def _backward(
+        self, batch: list[dict], shares: dict[str, float], *, last: bool
+    ) -> dict[str, Tensor]:
         """Add the gradient of one micro-batch; processes exchange gradients after the last one."""
         waits = isinstance(self.model, DistributedDataParallel) and not last
         with self.model.no_sync() if waits else contextlib.nullcontext():
-            losses = {key: share * loss for key, loss in self.model(batch).items()}
+            losses = self.model(batch)
+            for key in losses:
+                losses[key] = losses[key] * shares[max(filter(key.startswith, shares), key=len)]
             total = sum(losses.values())
             (self.grad_scaler.scale(total) if self.grad_scaler else total).backward()
         return {key: loss.detach() for key, loss in losses.items()}
@@ -139,13 +144,27 @@ def _read(micro_losses: Sequence[dict[str, Tensor]], norm: Tensor) -> list[Any]:
     return [{key: next(values) for key in losses} for losses in micro_losses] + [next(values)]
 
 
-def _shares_of_expressions(batches: Sequence[Sequence[dict]]) -> list[float]:
-    """The share of the step's expressions, over all processes, that each micro-batch holds."""
+def _shares(model: nn.Module, batches: Sequence[Sequence[dict]]) -> list[dict[str, float]]:
+    """What each micro-batch holds of the step's counts, over all processes.
+
+    Returns:
+        per micro-batch: start of a loss's name -> share; "" is that of expressions, for all others.
+    """
     if len(batches) == 1:
-        return [1.0]
-    counts = [sum(len(sample["expressions"]) for sample in batch) for batch in batches]
-    totals = [sum(ranks) for ranks in zip(*comm.all_gather(counts), strict=True)]
-    return [total / sum(totals) for total in totals]
+        return [{"": 1.0}]
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    own_counts = getattr(model, "loss_counts", lambda batch: {})
+    counts = [
+        {"": sum(len(sample["expressions"]) for sample in batch), **own_counts(batch)}
+        for batch in batches
+    ]
+    totals = [
+        {name: sum(count[name] for count in ranks) for name in ranks[0]}
+        for ranks in zip(*comm.all_gather(counts), strict=True)
+    ]
+    step = {name: sum(total[name] for total in totals) for name in totals[0]}
+    # Without anything to count in the whole step, the loss is 0.
+    return [{name: total[name] / (step[name] or 1) for name in step} for total in totals]
 
 
 def _names(samples: Sequence[dict]) -> str:

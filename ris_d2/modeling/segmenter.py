@@ -171,7 +171,9 @@ class ReferringSegmenter(nn.Module):
             batched_inputs: as in ``forward``; their sum E expressions in the order of ``outputs``.
 
         Returns:
-            name (starting with "loss") -> scalar, the mean over the samples of all processes.
+            name (starting with "loss") -> scalar, the mean over the samples of all processes. A
+            method whose losses are means over something else says what, for accumulation, by
+            ``loss_counts`` (see DeRIS).
         """
         masks = self._referred_masks(batched_inputs)
         losses = self.mask_losses(outputs, masks)

@@ -146,6 +146,23 @@ class DeRISCriterion(nn.Module):
             losses[f"loss_dice{suffix}"] = weight * self.dice_weight * dice_losses[number]
         return losses
 
+    def counts(self, targets: Sequence[Tensor], num_queries: int) -> dict[str, float]:
+        """Normalisers of the losses whose names start so; existence is a mean over expressions.
+
+        Args:
+            targets: as ``forward``.
+            num_queries: Q.
+        """
+        wanted = torch.cat([rows.sum(1) for rows in targets])
+        matched = wanted.clamp(max=num_queries).sum().item()
+        others = len(wanted) * num_queries - matched
+        num_masks = wanted.sum().item()
+        return {
+            "loss_class": matched + self.not_referred_weight * others,
+            "loss_mask": num_masks,
+            "loss_dice": num_masks,
+        }
+
     def _class_losses(
         self, rounds: Sequence[dict[str, Tensor]], expressions: Tensor, queries: Tensor
     ) -> dict[int, Tensor]:
@@ -190,7 +207,8 @@ class DeRISCriterion(nn.Module):
         probabilities = logits.sigmoid()
         overlap = (probabilities * truths).sum(1)
         dice = 1 - (2 * overlap + 1) / (probabilities.sum(1) + truths.sum(1) + 1)
-        count = max(mean_over_processes(len(masks), logits.device), 1.0)
+        # Released: at least 1. With fewer targets than processes that would not be one process' loss.
+        count = mean_over_processes(len(masks), logits.device) or 1.0
         return bce.view(matched.shape).sum(1) / count, dice.view(matched.shape).sum(1) / count
 
 

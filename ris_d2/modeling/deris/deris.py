@@ -130,6 +130,12 @@ class DeRIS(ReferringSegmenter):
             [str(x.get("file_name", x.get("image_id"))) for x in batched_inputs],
         )
 
+    def loss_counts(self, batched_inputs: list[dict]) -> dict[str, float]:
+        """What the criterion's normalisers count, for accumulation: start of a loss's name -> count."""
+        return self.criterion.counts(
+            [x["targets"] for x in batched_inputs], self.perception.query_position.num_embeddings
+        )
+
     def predict(
         self, outputs: dict[str, Any], rows: slice, inputs: dict
     ) -> tuple[Tensor, Tensor, Tensor, list[Instances | None]]:
