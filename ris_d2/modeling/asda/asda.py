@@ -117,7 +117,7 @@ class ASDA(ReferringSegmenter):
         num_masks = asda.NUM_MASKS if dual else 1
         return {
             **super().from_config(cfg),
-            "sentence_dim": text.dim,
+            "sentence_dim": asda.DIM + text.dim,
             "vision": vision,
             "text": text,
             "projection": ConvBlock(vision.dim, vision.dim, kernel=1, norm=norm),
@@ -183,9 +183,9 @@ class ASDA(ReferringSegmenter):
     ) -> dict[str, Tensor]:
         """
         Returns:
-            "mask_logits" (E, 8 h, 8 w); "sentence" (E, D), f_E; "coarse" and "fine" (E, dim, h, w),
-            features before and after the words (Fig. 4), "fine" only with words; "low_layer" and
-            "mid_layer" int64 (E,), 1-based, if layers are selected.
+            "mask_logits" (E, 8 h, 8 w); "sentence" (E, dim + D), see ``_evidence``; "coarse" and "fine"
+            (E, dim, h, w), features before and after the words (Fig. 4), "fine" only with words;
+            "low_layer" and "mid_layer" int64 (E,), 1-based, if layers are selected.
         """
         words, sentence, selected = self._read_and_select(
             features, image_index, input_ids, text_mask
@@ -193,7 +193,7 @@ class ASDA(ReferringSegmenter):
         grid = self.vision.grid
         fused = self.fusion(features.top, sentence, image_index)  # F_G
         coarse = F.relu(self.aggregator(fused, selected))  # F_coarse
-        outputs = {"sentence": sentence, "coarse": coarse}
+        outputs = {"coarse": coarse}
         outputs.update({f"{name}_layer": level.layers for name, level in selected.items()})
         refined = coarse
         if self.attention is not None:
@@ -201,6 +201,7 @@ class ASDA(ReferringSegmenter):
             fine = _to_map(self.word_attention(tokens, words), grid)  # F_fine
             outputs["fine"] = fine
             refined = fine if self.coefficients is None else _to_map(tokens, grid)
+        outputs["sentence"] = _evidence(outputs.get("fine", coarse), sentence)
         masks = self.decoder(refined)
         if self.coefficients is None:
             outputs["mask_logits"] = masks[:, 0]
@@ -266,6 +267,14 @@ class ASDA(ReferringSegmenter):
             "loss_dice": self.dice_weight * mask_dice(logits, masks),
             "loss_focal": self.focal_weight * focal,
         }
+
+
+def _evidence(features: Tensor, sentence: Tensor) -> Tensor:
+    """What an existence head reads: (E, dim, h, w), (E, D) -> (E, dim + D).
+
+    Ours, as the head is. f_E alone has not seen the image; a target exists where some pixel fits it.
+    """
+    return torch.cat([features.amax((2, 3)), sentence], 1)
 
 
 def _to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
