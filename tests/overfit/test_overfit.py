@@ -44,6 +44,7 @@ TRUE_ZEROS = ("key.bias", "k_proj.bias", "fusion.words.bias", "aggregator.low.0.
 BAR = {"mIoU": 90.0, "N_acc": 100.0, "T_acc": 100.0}
 # What learning by heart changes in a small leaf, beside the data: weight decay is 0, and this.
 RECIPES = {
+    "deris": ["SOLVER.MAX_ITER", 160],
     "asda": ["SOLVER.MAX_ITER", 300],
     "shared_ris": ["SOLVER.MAX_ITER", 300],
 }
