@@ -7,6 +7,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from operator import index
+
+from ..io import reading
 
 from ..processes import die_with_parent
 
@@ -73,16 +76,19 @@ def read_history(output_dir: str) -> list[dict]:
     """The log lines (metrics.json) of the training in ``output_dir``, by iteration.
 
     A line that a resumed training repeats counts once; no file, no lines.
+
+    Raises:
+        ValueError: the file is damaged, or of something else.
     """
     path = os.path.join(output_dir, "metrics.json")
     lines: dict[int, dict] = {}
     if os.path.exists(path):
-        with open(path) as file:
+        with reading(path), open(path, encoding="utf-8") as file:
             for line in file:
                 # A process that is killed leaves half a line; a resumed one writes on behind it.
                 with contextlib.suppress(json.JSONDecodeError):
                     record = json.loads(line)
-                    lines.setdefault(record["iteration"], {}).update(record)
+                    lines.setdefault(index(record["iteration"]), {}).update(record)
     return [lines[i] for i in sorted(lines)]
 
 

@@ -7,10 +7,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..io import reading
+
 # Of the size ratio, with the small ones, where the trouble is, apart.
 SIZE_EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
-
-_FIELDS = ("gIoU", "IoU", "num_targets", "no_target", "area_ratio", "oracle_IoU")
+_KINDS = {
+    "gIoU": float,
+    "IoU": float,
+    "num_targets": int,
+    "no_target": bool,
+    "area_ratio": float,
+    "oracle_IoU": float,
+}
 
 
 def read_per_expression(path: str) -> dict[str, np.ndarray]:
@@ -25,24 +33,30 @@ def read_per_expression(path: str) -> dict[str, np.ndarray]:
         ValueError: a line is no JSON object with these fields, or there is no line.
     """
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, text in enumerate(file, start=1):
-            try:
-                line = json.loads(text)
-                rows.append([line[name] for name in _FIELDS])
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: not a line of per_expression.jsonl "
-                    f"({type(error).__name__}: {error})"
-                ) from error
+            with reading(path, f"line {number}"):
+                try:
+                    line = json.loads(text)
+                    rows.append([_field(line, name) for name in _KINDS])
+                except (ValueError, TypeError, KeyError) as error:
+                    raise ValueError(
+                        f"not a line of per_expression.jsonl ({type(error).__name__}: {error})"
+                    ) from error
     if not rows:
         raise ValueError(f"{path}: no expressions")
-    columns = dict(zip(_FIELDS, zip(*rows, strict=True), strict=True))
-    types = {"num_targets": np.int64, "no_target": bool}
-    return {
-        name: np.array([math.nan if x is None else x for x in values], types.get(name, np.float64))
-        for name, values in columns.items()
-    }
+    columns = zip(_KINDS, zip(*rows, strict=True), strict=True)
+    return {name: np.array(values) for name, values in columns}
+
+
+def _field(line: dict, name: str) -> float | int | bool:
+    value, kind = line[name], _KINDS[name]
+    if name == "oracle_IoU" and value is None:
+        return math.nan
+    is_kind = type(value) is kind or (kind is float and type(value) is int)
+    if not is_kind or not 0 <= value <= (1 if kind is float else 2**31):
+        raise ValueError(f"field {name!r} is {value!r}")
+    return kind(value)
 
 
 def attribute_loss(rows: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:

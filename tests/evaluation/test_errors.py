@@ -102,10 +102,28 @@ def test_edges_that_leave_targets_out_are_errors(write):
         by_target_size(read_per_expression(write()), (0, 0.1, 0.2))
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[]", '{"gIoU": 1.0}'])
+def changed(**values):
+    line = dict(gIoU=1, IoU=1, num_targets=1, no_target=False, area_ratio=0.5, oracle_IoU=None)
+    return json.dumps({**line, **values})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        "[]",
+        '{"gIoU": 1.0}',
+        "\udcff",
+        changed(gIoU=None),
+        changed(IoU=math.nan),
+        changed(area_ratio="0.5"),
+        changed(num_targets=2**70),
+        changed(no_target="false"),
+    ],
+)
 def test_other_files_are_named(write, line):
     path = write()
-    with open(path, "a") as file:
+    with open(path, "a", errors="surrogateescape") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError, match="line 8: not a line of per_expression.jsonl"):
         read_per_expression(path)
