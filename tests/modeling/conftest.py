@@ -77,6 +77,22 @@ def without_gradient():
 
 
 @pytest.fixture
+def existence_differs():
+    """Whether the existence scores of a model change when the image does, and when the sentences do."""
+
+    def differs(model, inputs, other):
+        def scores(**changes):
+            (output,) = model.eval()([{**inputs, **changes}])
+            return torch.tensor([result["score"] for result in output["referring"]])
+
+        sentences = {key: other[key] for key in ("input_ids", "text_mask")}
+        changed = (scores(image=other["image"]), scores(**sentences))
+        return [((x - scores()).abs() > 1e-6).all().item() for x in changed]
+
+    return differs
+
+
+@pytest.fixture
 def fit_one_image():
     """Train 60 steps on one image; returns the last loss as a share of the first."""
 

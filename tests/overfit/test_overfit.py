@@ -45,6 +45,8 @@ BAR = {"mIoU": 90.0, "N_acc": 100.0, "T_acc": 100.0}
 # What learning by heart changes in a small leaf, beside the data: weight decay is 0, and this.
 RECIPES = {
     "deris": ["SOLVER.MAX_ITER", 160],
+    "risam": ["SOLVER.MAX_ITER", 200],
+    "vipa": ["SOLVER.MAX_ITER", 200, "SOLVER.WARMUP_ITERS", 50],
     "asda": ["SOLVER.MAX_ITER", 300],
     "shared_ris": ["SOLVER.MAX_ITER", 300],
 }

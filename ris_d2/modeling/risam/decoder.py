@@ -86,7 +86,9 @@ class MutualAwareMaskDecoder(nn.Module):
             grid: (h, w).
 
         Returns:
-            mask logits (E, 4h, 4w), and the query token as it leaves the last block (E, dim).
+            mask logits (E, 4h, 4w), and what an existence head reads (E, 2 dim), ours: of each channel
+            the highest value among the pixels as they leave the last block, and the query token. The
+            token alone sees the image only through words that know it.
         """
         pixels = features.regions
         tokens = self.query.weight.expand(len(pixels), 1, -1)
@@ -95,9 +97,10 @@ class MutualAwareMaskDecoder(nn.Module):
             text_mask = torch.cat([text_mask.new_ones(len(text_mask), 1), text_mask], 1)
         for block in self.blocks:
             pixels, tokens = block(pixels, tokens, text_mask)
-        pixels = self.upsample(pixels.transpose(1, 2).unflatten(2, grid))
         token = tokens[:, 0]
-        return torch.einsum("ec,echw->ehw", self.token_mlp(token), pixels), token
+        evidence = torch.cat([pixels.amax(1), token], 1)
+        pixels = self.upsample(pixels.transpose(1, 2).unflatten(2, grid))
+        return torch.einsum("ec,echw->ehw", self.token_mlp(token), pixels), evidence
 
 
 class DecoderBlock(nn.Module):

@@ -114,7 +114,7 @@ class RISAM(ReferringSegmenter):
             )
         return {
             **super().from_config(cfg),
-            "sentence_dim": risam.DIM,
+            "sentence_dim": 2 * risam.DIM,
             "backbone": backbone,
             "text": text,
             "word_positions": _build_word_positions(
@@ -159,10 +159,10 @@ class RISAM(ReferringSegmenter):
         self, features: Tensor, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
     ) -> dict[str, Tensor]:
         fused, seen = self._fuse(features, image_index, input_ids, text_mask)
-        logits, token = self.decoder(fused, seen, self.grid)
+        logits, evidence = self.decoder(fused, seen, self.grid)
         outputs = {"mask_logits": logits}
-        if token is not None:
-            outputs["sentence"] = token
+        if evidence is not None:
+            outputs["sentence"] = evidence
         return outputs
 
     def explain(

@@ -43,7 +43,7 @@ class SAMMaskDecoder(nn.Module):
     def forward(
         self, features: MutualFeatures, text_mask: Tensor, grid: tuple[int, int]
     ) -> tuple[Tensor, None]:
-        """As MutualAwareMaskDecoder, but without a query token."""
+        """As MutualAwareMaskDecoder, but with nothing for an existence head to read."""
         image = features.regions.transpose(1, 2).unflatten(2, grid)
         own_tokens = text_mask.new_ones(len(text_mask), 1 + self.mask_decoder.num_mask_tokens)
         self._keep = torch.cat([own_tokens, text_mask], 1)[:, None, None]

@@ -61,7 +61,9 @@ class VIPADecoder(nn.Module):
         )
         self.head = nn.Conv2d(dim, 1, 1)
 
-    def forward(self, maps: Sequence[Tensor], tokens: Tensor, keep: Tensor | None) -> Tensor:
+    def forward(
+        self, maps: Sequence[Tensor], tokens: Tensor, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """
         Args:
             maps: F_1 ... F_4, each (E, C_i, h_i, w_i).
@@ -69,7 +71,7 @@ class VIPADecoder(nn.Module):
             keep: bool (E, K), False where a token must not be attended; None = all may.
 
         Returns:
-            mask logits (E, h_1, w_1)
+            mask logits (E, h_1, w_1), and the features (E, dim, h_1, w_1) that they are made of.
         """
         x = self._attend(len(maps), self.project(maps[-1]), tokens, keep)
         for stage in range(len(maps) - 1, 0, -1):
@@ -77,7 +79,7 @@ class VIPADecoder(nn.Module):
             x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
             x = self.fuse[stage - 1](torch.cat([x, skip], 1))
             x = self._attend(stage, x, tokens, keep)
-        return self.head(x).squeeze(1)
+        return self.head(x).squeeze(1), x
 
     def _attend(self, stage: int, x: Tensor, tokens: Tensor, keep: Tensor | None) -> Tensor:
         if str(stage) not in self.attend:

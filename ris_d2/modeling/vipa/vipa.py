@@ -86,6 +86,10 @@ class VIPA(ReferringSegmenter):
         common = {"text_dim": encoder.text_dim, "dim": vipa.DIM, "num_heads": vipa.NUM_HEADS}
         if vipa.KEY_VALUES == "visual":
             node = vipa.GENERATOR
+            if vipa.ENCODER == "none" and not node.RETRIEVE:
+                raise ValueError(
+                    "MODEL.VIPA.ENCODER none with GENERATOR.RETRIEVE False: the sentence reaches nothing"
+                )
             generator = VisualExpressionGenerator(
                 **common,
                 vision_dim=encoder.dims[-1],
@@ -107,7 +111,7 @@ class VIPA(ReferringSegmenter):
             )
         return {
             **super().from_config(cfg),
-            "sentence_dim": vipa.DIM,
+            "sentence_dim": 2 * vipa.DIM,
             "encoder": encoder,
             "generator": generator,
             "decoder": VIPADecoder(
@@ -140,11 +144,11 @@ class VIPA(ReferringSegmenter):
         maps, text = self.encoder(features, image_index, input_ids, text_mask)
         size = maps[-1].shape[-2:]
         expression = self.generator(maps[-1].flatten(2).transpose(1, 2), text, input_ids, text_mask)
-        outputs = {
-            "mask_logits": self.decoder(maps, expression.tokens, expression.keep),
-            # An existence head is our addition; [CLS] alone has not seen the image in every variant.
-            "sentence": _mean(expression.tokens, expression.keep),
-        }
+        logits, pixels = self.decoder(maps, expression.tokens, expression.keep)
+        # An existence head is our addition. Language tokens have not seen the image without fusion; the
+        # decoder's pixels know both.
+        evidence = [pixels.amax((2, 3)), _mean(expression.tokens, expression.keep)]
+        outputs = {"mask_logits": logits, "sentence": torch.cat(evidence, 1)}
         for name in ("relevance", "retrieved"):
             rows = getattr(expression, name)
             if rows is not None:

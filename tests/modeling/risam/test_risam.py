@@ -127,6 +127,18 @@ def test_every_parameter_learns_and_every_variant_segments(
     assert [r["mask"].shape for r in results] == [(40, 60)] * 3
 
 
+@pytest.mark.parametrize("changes", [v for v in VARIANTS if "sam" not in v])
+def test_existence_depends_on_image_and_sentence(
+    changes, risam_cfg, make_square, existence_differs
+):
+    """In fusions, too, whose words do not know the image."""
+    risam_cfg.MODEL.RISAM.merge_from_list(changes)
+    risam_cfg.MODEL.RIS.NO_TARGET = "head"
+    torch.manual_seed(0)
+    model = build_model(risam_cfg)
+    assert existence_differs(model, make_square(seed=0), make_square(seed=1)) == [True, True]
+
+
 def test_frozen_encoders_stay_in_eval_mode_and_leave_no_graph(risam_cfg, make_square):
     risam_cfg.MODEL.RIS.FREEZE = type(risam_cfg)({"backbone": "eval", "text": "eval"})
     model = build_model(risam_cfg).train()

@@ -139,6 +139,19 @@ def test_every_parameter_learns_and_every_variant_segments(
     assert [r["mask"].shape for r in results] == [(40, 60)] * 3
 
 
+@pytest.mark.parametrize(
+    "changes",
+    VARIANTS,
+    ids=lambda changes: " ".join(map(str, changes)),
+)
+def test_existence_depends_on_image_and_sentence(changes, vipa_cfg, make_inputs, existence_differs):
+    """Without fusion, too, where language tokens do not know the image."""
+    vipa_cfg.MODEL.RIS.NO_TARGET = "head"
+    model = build(vipa_cfg, *changes)
+    inputs = [make_inputs(seed=seed, size=SIZE) for seed in (0, 1)]
+    assert existence_differs(model, *inputs) == [True, True]
+
+
 @pytest.mark.parametrize("changes", [[], ["GENERATOR.CUES", "global"]], ids=str)
 def test_training_is_random_and_inference_is_not(changes, vipa_cfg, make_inputs):
     model = build(vipa_cfg, *changes)
@@ -317,6 +330,7 @@ def test_explanation(vipa_cfg, make_inputs):
         (["KEY_VALUES", "both"], "KEY_VALUES is 'both'"),
         (["RELEVANCE_LOSS", "dice"], "RELEVANCE_LOSS is 'dice'"),
         (["GENERATOR.RETRIEVE", False, "RELEVANCE_LOSS", "none"], "nothing would use"),
+        (["GENERATOR.RETRIEVE", False, "ENCODER", "none"], "the sentence reaches nothing"),
         (["DECODER.ATTENTION_STAGES", (5,)], "ATTENTION_STAGES"),
         (["DECODER.ATTENTION_STAGES", ()], "ATTENTION_STAGES"),
         (["DECODER.NUM_CONVS", 0], "NUM_CONVS"),
