@@ -3,37 +3,65 @@
     python train_net.py --config-file configs/shared_ris_beit3_b.yaml --num-gpus 8
     python train_net.py --config-file C --resume       # from OUTPUT_DIR's last checkpoint
     python train_net.py --config-file C --eval-only MODEL.WEIGHTS model_best.pth
+    python train_net.py --config-file C --import my_method.py DATASETS.RIS_JSON '[["mine", "a.json", "images"]]'
     torchrun --nproc-per-node 8 train_net.py --config-file C
 
 Without GPUs, --num-gpus is the number of processes on CPUs.
 """
 
 import argparse
-import difflib
 import logging
+import os
+import sys
 
+# The programs' common ground lies with the tools; a folder "tools" is no package to import from.
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "tools"))
+
+from _program import Parser, load, run
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_config_file(default="", help="a yaml as in configs/")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate on DATASETS.TEST")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from OUTPUT_DIR's last checkpoint, if any"
+    )
+    parser.add_argument(
+        "--untrained", action="store_true", help="with --eval-only: no MODEL.WEIGHTS are needed"
+    )
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes of this machine")
+    parser.add_argument("--num-machines", type=int, default=1)
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, help="number of this machine, from 0"
+    )
+    # As detectron2's: the same at each start, so that orphaned processes are noticed.
+    port = 2**15 + 2**14 + hash(os.getuid()) % 2**14
+    parser.add_argument(
+        "--dist-url", default=f"tcp://127.0.0.1:{port}", metavar="URL", help="where processes meet"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse()  # --help and mistakes are answered before the imports below, which take seconds
+
+import detectron2
+import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
-from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessExitedException
 
 from ris_d2 import load_config
 from ris_d2.checkpoint import RISCheckpointer
 from ris_d2.engine import Trainer, claim, launch
+from ris_d2.engine.preflight import check_inputs
+from ris_d2.io import atomic_write
 
 logger = logging.getLogger("ris_d2.train_net")
-
-
-def check_datasets(cfg: CfgNode) -> None:
-    """Raise ValueError, listing the known names, if DATASETS.TRAIN or TEST names an unknown one."""
-    known = sorted(name for name in DatasetCatalog.list() if name.startswith("ris_"))
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        if name not in DatasetCatalog:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            raise ValueError(f"unknown dataset {name!r}; {hint}known: {', '.join(known)}")
 
 
 def warn_of_smaller_batch(recipe: CfgNode, cfg: CfgNode) -> None:
@@ -52,11 +80,34 @@ def warn_of_smaller_batch(recipe: CfgNode, cfg: CfgNode) -> None:
         )
 
 
+def set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Logs, OUTPUT_DIR/config.yaml, seeds: detectron2's default_setup without its 600 lines."""
+    rank = comm.get_rank()
+    for name in ("fvcore", "detectron2", "ris_d2"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    if comm.is_main_process():
+        with atomic_write(path) as file:
+            file.write(cfg.dump())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    logger.info(
+        "%d processes, %s, torch %s, detectron2 %s; %s with its changes is in %s",
+        comm.get_world_size(),
+        device,
+        torch.__version__,
+        detectron2.__version__,
+        args.config_file or "the configuration",
+        path,
+    )
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
+    if not args.eval_only:  # choosing kernels takes longer than a small evaluation
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+
+
 def main(args: argparse.Namespace) -> dict | None:
     """Run one process. Returns what --eval-only measured, see Trainer.test; None after training."""
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load(args)
     cfg.freeze()
-    check_datasets(cfg)
     if args.eval_only or not comm.is_main_process():
         return _work(cfg, args)
     with claim(cfg.OUTPUT_DIR):
@@ -64,10 +115,9 @@ def main(args: argparse.Namespace) -> dict | None:
 
 
 def _work(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ris_d2")
-    warn_of_smaller_batch(load_config(args.config_file, []), cfg)
+    set_up(cfg, args)
     if not args.eval_only:
+        warn_of_smaller_batch(load_config(args.config_file, modules=args.modules), cfg)
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         trainer.train()
@@ -82,18 +132,30 @@ def _work(cfg: CfgNode, args: argparse.Namespace) -> dict | None:
     return results
 
 
-def run(args: argparse.Namespace) -> None:
-    """Start the processes, or join those that torchrun started."""
-    launch(
-        main,
-        (args,),
-        device=load_config(args.config_file, args.opts).MODEL.DEVICE,
-        num_processes=args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-    )
+def report(args: argparse.Namespace) -> None:
+    """``main`` in a process of its own, where nobody else shortens its errors."""
+    run(main, args)
+
+
+def start(args: argparse.Namespace) -> None:
+    """Check what is asked for, then start the processes, or join those that torchrun started."""
+    cfg = load(args)
+    check_inputs(cfg, resume=args.resume, eval_only=args.eval_only, untrained=args.untrained)
+    try:
+        launch(
+            report,
+            (args,),
+            device=cfg.MODEL.DEVICE,
+            num_processes=args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+        )
+    except ProcessExitedException as error:
+        if error.signal_name:
+            raise
+        sys.exit(error.exit_code)  # the process has said why
 
 
 if __name__ == "__main__":
-    run(default_argument_parser(__doc__).parse_args())
+    run(start, parse())

@@ -8,6 +8,8 @@ from typing import Any
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
+from .data.catalog import register_from_config
+from .extensions import import_extension
 from .paper_tables import is_paper_row, read_paper_row
 from .yaml_files import read_config_files
 
@@ -23,21 +25,31 @@ def get_ris_cfg() -> CN:
     return cfg
 
 
-def load_config(config_file: str, options: Sequence[str] = ()) -> CN:
+def load_config(
+    config_file: str, options: Sequence[str] = (), *, modules: Sequence[str] = ()
+) -> CN:
     """Defaults, then the yaml file (each ``_BASE_`` before it), then KEY VALUE options.
 
     ``configs/papers/vipa.yaml:t7_none_le`` is a row of a paper's table: the table's recipe, then the
     changes of the row.
 
     Only plain values are read and nothing in a file runs; detectron2's ``cfg.merge_from_file``
-    promises neither.
+    promises neither. The datasets of DATASETS.RIS_JSON are registered.
+
+    Args:
+        modules: names or files of the user's own modules, imported first; where one has
+            ``add_config``, it is called with the defaults and adds its keys.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: an unknown key, a value of the wrong type, or see
-            :func:`ris_d2.yaml_files.read_config_files`; names file (or command line) and key.
+            :func:`ris_d2.yaml_files.read_config_files`,
+            :func:`ris_d2.extensions.import_extension` and
+            :func:`ris_d2.data.catalog.register_from_config`; names file (or command line) and key.
     """
     cfg = get_ris_cfg()
+    for module in map(import_extension, modules):
+        getattr(module, "add_config", lambda cfg: None)(cfg)
     if config_file:
         row = read_paper_row(config_file) if is_paper_row(config_file) else None
         for path, values in read_config_files(row.base if row else config_file):
@@ -51,6 +63,7 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CN:
         for name in reversed(key.split(".")):
             nested = {name: nested}
         _merge(cfg, "command line", nested)
+    register_from_config(cfg)
     return cfg
 
 
@@ -118,6 +131,10 @@ def _add_data_keys(cfg: CN) -> None:
     # Mixed training sets drop every image that a val/test split of any member uses. False
     # reproduces sets that were published without dropping.
     cfg.DATASETS.DROP_EVAL_IMAGES = True
+    # Your own datasets, [[name, json file, image folder], ...], in the form of datasets/README.md; the
+    # names then serve in TRAIN and TEST. Paths are relative to the working directory or to
+    # $DETECTRON2_DATASETS.
+    cfg.DATASETS.RIS_JSON = []
 
     cfg.INPUT.FORMAT = "RGB"  # all methods read RGB; MODEL.PIXEL_MEAN/STD are RGB in 0..255
     # Sentences of one image drawn for one training unit when INPUT.RIS.UNIT is "image".

@@ -11,7 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from ris_d2 import get_ris_cfg, load_config
 from ris_d2.data import refshapes
-from ris_d2.data.catalog import register_all
+from ris_d2.data.catalog import register_all, register_from_config
 from ris_d2.engine import Trainer
 from ris_d2.modeling.asda import ASDA
 from ris_d2.modeling.backbone import RISViT
@@ -112,6 +112,7 @@ def test_every_key_is_read(tmp_path, monkeypatch):
     # detectron2's own keys: set to what referring needs, read by detectron2 or by users' loaders.
     ours -= {"MODEL.DEVICE", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "INPUT.FORMAT"}
     Recorder.seen = set()
+    register_from_config(Recorder.of(get_ris_cfg()))
     for schedule in ("cosine", "poly"):
         cfg = load_config(str(CONFIGS / "instant_test" / "shared_ris.yaml"))
         cfg.SOLVER.RIS.SCHEDULE, cfg.OUTPUT_DIR = schedule, str(tmp_path / schedule)

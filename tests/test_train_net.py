@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog
-from detectron2.engine import default_argument_parser
 
 from ris_d2.data import refshapes
+from ris_d2.engine.preflight import check_inputs
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,7 +77,7 @@ def test_unknown_dataset_lists_the_known(train_net):
         with pytest.raises(
             ValueError, match="'ris_knwon_val'; did you mean ris_known_val.*known: "
         ):
-            train_net.check_datasets(cfg)
+            check_inputs(cfg)
     finally:
         DatasetCatalog.remove("ris_known_val")
 
@@ -132,7 +132,7 @@ def tiny(tmp_path, monkeypatch):
 def test_trains_resumes_and_evaluates_with_the_same_numbers(train_net, tiny, tmp_path):
     def run(*arguments):
         arguments = ["--config-file", tiny, *arguments, "OUTPUT_DIR", str(tmp_path / "out")]
-        return train_net.main(default_argument_parser().parse_args(arguments))
+        return train_net.main(train_net.parse(arguments))
 
     results = tmp_path / "out/inference/ris_grefshapes_val/results.json"
     run()
@@ -157,7 +157,7 @@ def test_wrong_expected_results_fail_an_evaluation(train_net, tiny, tmp_path):
     arguments = ["--config-file", tiny, "--eval-only", "OUTPUT_DIR", str(tmp_path / "out")]
     arguments += ["TEST.EXPECTED_RESULTS", wrong]
     with pytest.raises(SystemExit):
-        train_net.main(default_argument_parser().parse_args(arguments))
+        train_net.main(train_net.parse(arguments))
 
 
 def test_help(monkeypatch, capsys):

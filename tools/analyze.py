@@ -16,14 +16,26 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from _program import Parser, load, run
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_config_file(required=True)
+    parser.add_argument("--depth", type=int, default=1, help="list parts of parts (2), and so on")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse()  # --help and mistakes are answered before the imports below, which take seconds
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-
-from ris_d2 import load_config
 
 aten = torch.ops.aten
 # Operations per element of what fvcore counts beside products; FlopCounterMode counts 2 per
@@ -138,16 +150,11 @@ def _count(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config-file", required=True)
-    parser.add_argument("--depth", type=int, default=1, help="list parts of parts (2), and so on")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
-    args = parser.parse_args(argv)
-    report = analyze(load_config(args.config_file, args.opts), args.depth)
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    report = analyze(load(args), args.depth)
     print(json.dumps(report, indent=2) if args.json else as_table(report))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,13 +12,31 @@ with queries); the IoU by target size (Shared-RIS, Fig. 6) needs nothing.
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
+
+from _program import Parser, run
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("files", nargs="+", help="per_expression.jsonl of evaluations")
+    parser.add_argument(
+        "--edges",
+        nargs="+",
+        type=float,
+        help="of the bins of target size, percent of the image (default: those of Shared-RIS, Fig. 6)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser.add_argument("--plot", metavar="FILE", help="draw IoU over target size there (.png)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse()  # --help and mistakes are answered before the imports below, which take seconds
 
 import matplotlib
 
 matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 from tabulate import tabulate
 
@@ -111,30 +129,16 @@ def plot(analyses: dict[str, dict], path: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", help="per_expression.jsonl of evaluations")
-    parser.add_argument(
-        "--edges",
-        nargs="+",
-        type=float,
-        default=[100 * edge for edge in SIZE_EDGES],
-        help="of the bins of target size, percent of the image (default: %(default)s)",
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    parser.add_argument("--plot", metavar="FILE", help="draw IoU over target size there (.png)")
-    args = parser.parse_args(arguments)
-
+    args = parse(arguments)
+    edges = [edge / 100 for edge in args.edges] if args.edges else SIZE_EDGES
     analyses = {}
-    try:
-        for file in args.files:
-            rows = read_per_expression(file)
-            analyses[file] = {
-                "num_expressions": len(rows["gIoU"]),
-                "loss": attribute_loss(rows),
-                "target_size": by_target_size(rows, [edge / 100 for edge in args.edges]),
-            }
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))
+    for file in args.files:
+        rows = read_per_expression(file)
+        analyses[file] = {
+            "num_expressions": len(rows["gIoU"]),
+            "loss": attribute_loss(rows),
+            "target_size": by_target_size(rows, edges),
+        }
     for file, analysis in analyses.items():
         print(f"{file}: {analysis['num_expressions']} expressions\n\n{describe(analysis)}\n")
     if args.json:
@@ -145,4 +149,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

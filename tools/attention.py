@@ -33,15 +33,58 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from _program import Parser, load, run
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--model",
+        required=True,
+        action="append",
+        nargs=3,
+        metavar=("NAME", "CONFIG", "WEIGHTS"),
+        help="may be given several times; WEIGHTS '' is an untrained model",
+    )
+    parser.add_changes()
+    parser.add_argument("--dataset", metavar="NAME", help="a registered one")
+    parser.add_argument(
+        "--images", type=int, default=50, help="of the dataset (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sentences", type=int, default=2, help="per image of the dataset, at most"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of images")
+    parser.add_argument("--image", metavar="FILE", help="instead of a dataset")
+    parser.add_argument("--text", action="append", help="with --image; may be given several times")
+    parser.add_argument(
+        "--point", type=int, nargs=2, metavar=("X", "Y"), help="with --image: a pixel of it"
+    )
+    parser.add_argument("--draw", type=int, default=4, help="sentences to draw")
+    parser.add_argument("--tsne", action="store_true")
+    parser.add_argument("--output", required=True, metavar="DIRECTORY", help="made if absent")
+    args = parser.parse_args(arguments)
+    if bool(args.dataset) == bool(args.image) or bool(args.image) != bool(args.text):
+        parser.error("give either --dataset, or --image and --text")
+    if args.point and not args.image:
+        parser.error("--point is a pixel of the --image")
+    if len({name for name, _, _ in args.model}) < len(args.model):
+        parser.error("every --model needs a name of its own")
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # --help and mistakes are answered before the imports below, which take seconds
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
 
-from ris_d2 import load_config
 from ris_d2.evaluation.report import finite_or_null
 from ris_d2.io import atomic_write
 from ris_d2.masks import rasterize, union
@@ -83,8 +126,8 @@ class Looked:
 class Observer:
     """A model, asked where it looks."""
 
-    def __init__(self, config_file: str, weights: str, options: list[str]) -> None:
-        self.predictor = Predictor(load_config(config_file, [*options, "MODEL.WEIGHTS", weights]))
+    def __init__(self, cfg: CfgNode) -> None:
+        self.predictor = Predictor(cfg)
 
     def look(self, sample: Sample) -> list[Looked]:
         model = self.predictor.model
@@ -331,8 +374,15 @@ def _per_token(sample: Sample, row: int, looked: Looked) -> dict:
 
 def main(arguments: list[str] | None = None) -> dict:
     """Parse ``arguments`` (default: the command line), draw, write, print and return the report."""
-    args = _parse(arguments)
-    observers = {name: Observer(config, weights, args.opts) for name, config, weights in args.model}
+    args = parse(arguments)
+    if args.point:
+        height, width = load_rgb(args.image).shape[:2]
+        if not (0 <= args.point[0] < width and 0 <= args.point[1] < height):
+            raise ValueError(f"--point lies outside the image of {width} x {height} pixels")
+    observers = {
+        name: Observer(load(args, config, ["MODEL.WEIGHTS", weights]))
+        for name, config, weights in args.model
+    }
     measures = {name: Measures() for name in observers}
     drawn: list[tuple[Sample, int, dict[str, Looked]]] = []
     for sample in samples(args):
@@ -378,50 +428,5 @@ def main(arguments: list[str] | None = None) -> dict:
     return report
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        action="append",
-        nargs=3,
-        metavar=("NAME", "CONFIG", "WEIGHTS"),
-        help="may be given several times; WEIGHTS '' is an untrained model",
-    )
-    parser.add_argument("--dataset", metavar="NAME", help="a registered one")
-    parser.add_argument(
-        "--images", type=int, default=50, help="of the dataset (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--sentences", type=int, default=2, help="per image of the dataset, at most"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of images")
-    parser.add_argument("--image", metavar="FILE", help="instead of a dataset")
-    parser.add_argument("--text", action="append", help="with --image; may be given several times")
-    parser.add_argument(
-        "--point", type=int, nargs=2, metavar=("X", "Y"), help="with --image: a pixel of it"
-    )
-    parser.add_argument("--draw", type=int, default=4, help="sentences to draw")
-    parser.add_argument("--tsne", action="store_true")
-    parser.add_argument("--output", required=True, metavar="DIRECTORY", help="made if absent")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the configurations"
-    )
-    args = parser.parse_args(arguments)
-    if bool(args.dataset) == bool(args.image) or bool(args.image) != bool(args.text):
-        parser.error("give either --dataset, or --image and --text")
-    if args.point:
-        if not args.image:
-            parser.error("--point is a pixel of the --image")
-        height, width = load_rgb(args.image).shape[:2]
-        if not (0 <= args.point[0] < width and 0 <= args.point[1] < height):
-            parser.error(f"--point lies outside the image of {width} x {height} pixels")
-    if len({name for name, _, _ in args.model}) < len(args.model):
-        parser.error("every --model needs a name of its own")
-    return args
-
-
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -34,6 +34,26 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from _program import Parser, load, run
+
+NAMES = ("model", "mapper", "evaluator", "train")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_config_file(required=True, action="append", help="may be given several times")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--parts", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--threads", type=int, help="of model and train (default: torch's choice)")
+    parser.add_argument("--batch", type=int, default=2, help="units per training step")
+    parser.add_argument("--expressions", type=int, default=3500, help="of the evaluator's part")
+    parser.add_argument("--seconds", type=float, default=3.0, help="least time per measurement")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse()  # --help and mistakes are answered before the imports below, which take seconds
+
 import cv2
 import numpy as np
 import torch
@@ -43,7 +63,6 @@ from detectron2.structures import BitMasks, BoxMode, Instances
 from tabulate import tabulate
 from torch import nn
 
-from ris_d2 import load_config
 from ris_d2.data.mapper import ReferringMapper
 from ris_d2.data.refshapes import write_tokenizer
 from ris_d2.evaluation import ReferringEvaluator
@@ -272,12 +291,9 @@ def measure_evaluator(cfg: CfgNode, args: argparse.Namespace) -> Figures:
     }
 
 
-PARTS: dict[str, Callable[[CfgNode, argparse.Namespace], Figures]] = {
-    "model": measure_model,
-    "mapper": measure_mapper,
-    "evaluator": measure_evaluator,
-    "train": measure_train,
-}
+PARTS: dict[str, Callable[[CfgNode, argparse.Namespace], Figures]] = dict(
+    zip(NAMES, (measure_model, measure_mapper, measure_evaluator, measure_train), strict=True)
+)
 ONE_THREAD = ("mapper", "evaluator")
 
 
@@ -287,7 +303,7 @@ def run_part(part: str, config_file: str, args: argparse.Namespace) -> Figures:
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
     torch.manual_seed(0)
-    cfg = load_config(config_file, args.opts)
+    cfg = load(args, config_file)
     baseline = _peak_memory_mb(torch.device(cfg.MODEL.DEVICE) if part not in ONE_THREAD else None)
     return {"threads": threads, **PARTS[part](cfg, args), "baseline_memory_mb": baseline}
 
@@ -298,7 +314,7 @@ def main(arguments: list[str] | None = None) -> dict | list[dict]:
     Returns:
         of one configuration its report, of several a list of theirs.
     """
-    args = _parse(arguments)
+    args = parse(arguments)
     reports = [_report(config_file, args) for config_file in args.config_file]
     if args.json:
         print(json.dumps(reports[0] if len(reports) == 1 else reports, indent=2))
@@ -310,7 +326,7 @@ def main(arguments: list[str] | None = None) -> dict | list[dict]:
 
 
 def _report(config_file: str, args: argparse.Namespace) -> dict:
-    cfg = load_config(config_file, args.opts)
+    cfg = load(args, config_file)
     cuda = cfg.MODEL.DEVICE.startswith("cuda")
     processor = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     report = {
@@ -466,28 +482,5 @@ def _mask(annotation: dict) -> np.ndarray:
     return np.roll(rasterize(annotation["segmentation"], HEIGHT, WIDTH), 9, axis=1)
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--config-file",
-        required=True,
-        action="append",
-        metavar="FILE",
-        help="may be given several times",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--threads", type=int, help="of model and train (default: torch's choice)")
-    parser.add_argument("--batch", type=int, default=2, help="units per training step")
-    parser.add_argument("--expressions", type=int, default=3500, help="of the evaluator's part")
-    parser.add_argument("--seconds", type=float, default=3.0, help="least time per measurement")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the configuration"
-    )
-    return parser.parse_args(arguments)
-
-
 if __name__ == "__main__":
-    main()
+    run(main)

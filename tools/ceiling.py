@@ -18,6 +18,21 @@ import os
 import tempfile
 from typing import Any
 
+from _program import Parser, load, run
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_config_file(required=True, action="append", help="may be given several times")
+    parser.add_argument("--ellipses", type=int, default=24, help="per range of diameters")
+    parser.add_argument("--steps", type=int, default=200, help="of the fit of the logits")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse()  # --help and mistakes are answered before the imports below, which take seconds
+
 import cv2
 import numpy as np
 import torch
@@ -27,7 +42,6 @@ from detectron2.structures import BoxMode
 from tabulate import tabulate
 from torch import Tensor
 
-from ris_d2 import load_config
 from ris_d2.data.mapper import ReferringMapper
 from ris_d2.data.refshapes import write_tokenizer
 from ris_d2.masks import rasterize
@@ -157,17 +171,9 @@ def _centroid(mask: np.ndarray) -> np.ndarray:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", action="append", required=True, metavar="FILE")
-    parser.add_argument("--ellipses", type=int, default=24, help="per range of diameters")
-    parser.add_argument("--steps", type=int, default=200, help="of the fit of the logits")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the configs")
-    args = parser.parse_args(arguments)
+    args = parse(arguments)
     reports = {
-        path: measure(load_config(path, args.opts), per_band=args.ellipses, steps=args.steps)
+        path: measure(load(args, path), per_band=args.ellipses, steps=args.steps)
         for path in args.config_file
     }
     if args.json:
@@ -188,4 +194,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

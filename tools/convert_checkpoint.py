@@ -9,10 +9,26 @@ heads.
 import argparse
 import logging
 
+from _program import Parser, run
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--source", required=True, help="published format: beit3, swin, sam, ...")
+    parser.add_argument(
+        "input", metavar="IN", help="published file: path, https://, hf://, timm://"
+    )
+    parser.add_argument("output", metavar="OUT", help="file to write (.pth)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse()  # --help and mistakes are answered before the imports below, which take seconds
+
 import torch
 
 from ris_d2.checkpoint import convert_state_dict, read_weights
-from ris_d2.checkpoint.converters import CONVERTERS
+from ris_d2.checkpoint.converters import get_converter
 from ris_d2.checkpoint.paths import local_path
 from ris_d2.io import atomic_write, reading
 
@@ -20,17 +36,10 @@ logger = logging.getLogger("convert_checkpoint")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--source", required=True, choices=sorted(CONVERTERS), help="published format"
-    )
-    parser.add_argument(
-        "input", metavar="IN", help="published file: path, https://, hf://, timm://"
-    )
-    parser.add_argument("output", metavar="OUT", help="file to write (.pth)")
-    args = parser.parse_args(arguments)
+    args = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
+    get_converter(args.source)  # an unknown one is said before a large file is read
     published = read_weights(local_path(args.input))
     with reading(args.input):
         state_dict = convert_state_dict(published, args.source)
@@ -41,4 +50,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

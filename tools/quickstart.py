@@ -27,6 +27,30 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 
+from _program import Parser, load, repeated, run
+
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CONFIG_FILE = os.path.join(REPOSITORY, "configs", "refshapes", "shared_ris_tiny.yaml")
+IMAGES = {"train": 10000, "val": 300, "testA": 100, "testB": 100, "heldout": 100}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--fresh", action="store_true", help="delete what an earlier quickstart made first"
+    )
+    parser.add_argument(
+        "--output", default=os.path.join("output", "quickstart"), metavar="DIRECTORY"
+    )
+    parser.add_config_file(default=CONFIG_FILE)
+    parser.add_argument("--train-images", type=int, default=IMAGES["train"])
+    parser.add_argument("--val-images", type=int, default=IMAGES["val"])
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse()  # --help and mistakes are answered before the imports below, which take seconds
+
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -36,7 +60,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ris_d2 import load_config
 from ris_d2.data import refshapes
 from ris_d2.data.loader import build_test_loader
 from ris_d2.engine import claim
@@ -56,8 +79,6 @@ from ris_d2.masks import rasterize, union
 from ris_d2.predictor import Predictor, load_rgb
 from ris_d2.visualization import SheetRow, contact_sheet, write_png
 
-REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-CONFIG_FILE = os.path.join(REPOSITORY, "configs", "refshapes", "shared_ris_tiny.yaml")
 DATASET = "ris_grefshapes_val"
 SCENES = refshapes.Options(
     min_shapes=3,
@@ -67,7 +88,6 @@ SCENES = refshapes.Options(
     no_target_share=0.22,
     multi_target_share=0.3,
 )
-IMAGES = {"train": 10000, "val": 300, "testA": 100, "testB": 100, "heldout": 100}
 # What the trained model has to reach on val; "over_shuffled" is gIoU minus gIoU of shuffled
 # sentences.
 BARS = {"gIoU": 60.0, "T_acc": 85.0, "N_acc": 50.0, "over_shuffled": 20.0}
@@ -91,7 +111,7 @@ PROGRESS_SECONDS = 20
 
 def main(arguments: list[str] | None = None) -> dict:
     """Parse ``arguments`` (default: the command line), do all four steps, return metrics.json."""
-    args = _parse(arguments)
+    args = parse(arguments)
     begin = time.perf_counter()
     cfg = _load_cfg(args)
     try:
@@ -153,7 +173,7 @@ def _all_steps(args: argparse.Namespace, cfg: CfgNode, begin: float) -> dict:
 
 
 def _load_cfg(args: argparse.Namespace) -> CfgNode:
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load(args)
     cfg.OUTPUT_DIR = os.path.join(args.output, "train")
     return cfg
 
@@ -201,7 +221,7 @@ def _write_data(images: dict[str, int], *, fresh: bool) -> None:
 def _command(args: argparse.Namespace, *options: str) -> list[str]:
     train_net = os.path.relpath(os.path.join(REPOSITORY, "train_net.py"))
     config_file = os.path.relpath(args.config_file)
-    return ["python", train_net, "--config-file", config_file, *options, *args.opts]
+    return ["python", train_net, "--config-file", config_file, *options, *repeated(args)]
 
 
 def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
@@ -362,25 +382,6 @@ def _percent(value: float) -> str:
     return "n/a" if math.isnan(value) else f"{value:.2f}"
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="delete what an earlier quickstart made first"
-    )
-    parser.add_argument(
-        "--output", default=os.path.join("output", "quickstart"), metavar="DIRECTORY"
-    )
-    parser.add_argument("--config-file", default=CONFIG_FILE, metavar="FILE")
-    parser.add_argument("--train-images", type=int, default=IMAGES["train"])
-    parser.add_argument("--val-images", type=int, default=IMAGES["val"])
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the configuration"
-    )
-    return parser.parse_args(arguments)
-
-
 if __name__ == "__main__":
     stop_on_signals()
-    main()
+    run(main)

@@ -8,15 +8,11 @@ writes. Datasets are read from $DETECTRON2_DATASETS.
 
 import argparse
 
-from detectron2.utils.logger import setup_logger
-
-import ris_d2  # noqa: F401  (registers the datasets)
-from ris_d2.evaluation import score_predictions
-from ris_d2.masks import SAMPLES
+from _program import Parser, load, run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Score masks from a file, without a model.")
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
     parser.add_argument("--dataset", required=True, help="name, as in DATASETS.TEST")
     parser.add_argument("--predictions", required=True, help="JSON lines file")
     parser.add_argument("--output", help="directory for results.json and per_expression.jsonl")
@@ -29,11 +25,27 @@ def main() -> None:
     )
     parser.add_argument(
         "--sample",
-        choices=sorted(SAMPLES),
+        choices=("center", "corner"),
         default="corner",
         help="of ground truth that is resized, as in TEST.SAMPLE",
     )
-    args = parser.parse_args()
+    parser.add_changes()
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse()  # --help and mistakes are answered before the imports below, which take seconds
+
+from detectron2.utils.logger import setup_logger
+
+from ris_d2.data.catalog import check_files
+from ris_d2.evaluation import score_predictions
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    load(args)  # registers the datasets of --import and DATASETS.RIS_JSON
+    check_files(args.dataset)
     setup_logger(name="ris_d2")
     resolution = tuple(args.resolution) if args.resolution else None
     score_predictions(
@@ -46,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

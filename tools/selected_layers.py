@@ -21,12 +21,27 @@ import os
 import re
 from collections import Counter
 
+from _program import Parser, load, run
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_config_file(required=True)
+    parser.add_argument("--dataset", required=True, action="append", help="several times: several")
+    parser.add_argument("--images", type=int, default=500, help="of each dataset, at most")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of images")
+    parser.add_argument("--output", required=True, metavar="DIRECTORY", help="made if absent")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse()  # --help and mistakes are answered before the imports below, which take seconds
+
 import numpy as np
 from detectron2.data import DatasetCatalog
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ris_d2 import load_config
 from ris_d2.io import atomic_write
 from ris_d2.modeling.asda import ASDA
 from ris_d2.predictor import Predictor, load_rgb
@@ -102,8 +117,8 @@ def draw(path: str, counts: dict[str, dict], levels: dict[str, tuple[int, ...]])
 
 def main(arguments: list[str] | None = None) -> dict:
     """Parse ``arguments`` (default: the command line), count, write the files, print a table."""
-    args = _parse(arguments)
-    predictor = Predictor(load_config(args.config_file, args.opts))
+    args = parse(arguments)
+    predictor = Predictor(load(args))
     if not isinstance(predictor.model, ASDA):
         raise ValueError(f"{args.config_file}: its model is no ASDA, which alone selects layers")
     levels = predictor.model.selection.levels
@@ -127,20 +142,5 @@ def main(arguments: list[str] | None = None) -> dict:
     return counts
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument("--dataset", required=True, action="append", help="several times: several")
-    parser.add_argument("--images", type=int, default=500, help="of each dataset, at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of images")
-    parser.add_argument("--output", required=True, metavar="DIRECTORY", help="made if absent")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="changes to the configuration"
-    )
-    return parser.parse_args(arguments)
-
-
 if __name__ == "__main__":
-    main()
+    run(main)

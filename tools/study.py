@@ -43,9 +43,32 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from itertools import combinations
 from typing import Any
+
+from _program import Parser, run
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("study", metavar="STUDY.yaml")
+    parser.add_argument("--output", required=True, metavar="DIRECTORY")
+    parser.add_argument("--report", metavar="FILE", help="default: docs/studies/NAME.md")
+    parser.add_argument("--report-only", action="store_true", help="train nothing")
+    parser.add_argument("--only", action="append", default=[], metavar="CELL", help="repeatable")
+    parser.add_argument("--seed", action="append", default=[], type=int, help="repeatable")
+    parser.add_argument(
+        "--minutes", type=float, help="stop a run that takes longer, resumptions added up"
+    )
+    parser.add_argument(
+        "--time-limit", type=float, metavar="MINUTES", help="begin no run after so long"
+    )
+    parser.add_import()
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse()  # --help and mistakes are answered before the imports below, which take seconds
 
 import numpy as np
 import torch
@@ -114,14 +137,18 @@ class Study:
     minutes: float | None
     images: dict[str, int] | None  # of RefShapes; None: no data of its own
     scenes: refshapes.Options
+    modules: Sequence[str]
 
     @property
     def name(self) -> str:
         return os.path.splitext(os.path.basename(self.path))[0]
 
 
-def load_study(path: str) -> Study:
+def load_study(path: str, modules: Sequence[str] = ()) -> Study:
     """Read a study file (format: see the top of this file).
+
+    Args:
+        modules: the user's own, see ``load_config``.
 
     Raises:
         FileNotFoundError: no such file, or a config that it names is missing.
@@ -129,12 +156,12 @@ def load_study(path: str) -> Study:
     """
     content = read_yaml(path)
     try:
-        return _check_study(path, content)
+        return _check_study(path, content, modules)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _check_study(path: str, content: dict) -> Study:
+def _check_study(path: str, content: dict, modules: Sequence[str]) -> Study:
     for key in content:
         _check_known("key", key, KEYS)
     for key in REQUIRED:
@@ -150,9 +177,6 @@ def _check_study(path: str, content: dict) -> Study:
     seeds = content["seeds"]
     if any(not isinstance(seed, int) or seed < 0 for seed in seeds) or len({*seeds}) < len(seeds):
         raise ValueError(f"seeds must be different integers >= 0, they are {seeds}")
-    for label, name in content["datasets"].items():
-        _check_text("datasets", label, name)
-        _check_known("dataset", name, [n for n in DatasetCatalog.list() if n.startswith("ris_")])
     metrics = [*summarize(np.zeros(0, ROW)), "oracle_mIoU"]
     for metric in content["metrics"]:
         _check_known("metric", metric, metrics)
@@ -197,8 +221,12 @@ def _check_study(path: str, content: dict) -> Study:
         minutes=content.get("minutes"),
         images=images,
         scenes=refshapes.Options(**scenes),
+        modules=modules,
     )
     _check_different(study)
+    for label, name in study.datasets.items():  # the cells' configs may have registered some
+        _check_text("datasets", label, name)
+        _check_known("dataset", name, [n for n in DatasetCatalog.list() if n.startswith("ris_")])
     return study
 
 
@@ -319,7 +347,7 @@ def runs_of(study: Study, output: str) -> list[Run]:
 
 def _command_options(study: Study, cell: str, seed: int, folder: str) -> list[str]:
     config_file, options = study.cells[cell]
-    iterations = load_config(config_file, options).SOLVER.MAX_ITER
+    iterations = load_config(config_file, options, modules=study.modules).SOLVER.MAX_ITER
     ours = {
         "SEED": seed,
         "DATASETS.TEST": tuple(study.datasets.values()),
@@ -331,7 +359,8 @@ def _command_options(study: Study, cell: str, seed: int, folder: str) -> list[st
 
 
 def _config(study: Study, cell: str, seed: int, folder: str) -> CfgNode:
-    return load_config(study.cells[cell][0], _command_options(study, cell, seed, folder))
+    options = _command_options(study, cell, seed, folder)
+    return load_config(study.cells[cell][0], options, modules=study.modules)
 
 
 def _settings(study: Study, cfg: CfgNode) -> dict[str, Any]:
@@ -373,6 +402,7 @@ def execute(run: Run, limit: float | None) -> dict:
     cfg = run.config
     command = ["python", os.path.join(REPOSITORY, "train_net.py"), "--resume"]
     command += ["--config-file", run.study.cells[run.cell][0]]
+    command += [word for module in run.study.modules for word in ("--import", module)]
     command += _command_options(run.study, run.cell, run.seed, run.folder)
 
     def progress(seconds: float) -> None:
@@ -596,12 +626,9 @@ def _relative(path: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = _parse(arguments)
-    try:
-        study = load_study(args.study)
-        runs = _chosen(study, args)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(str(error))
+    args = parse(arguments)
+    study = load_study(args.study, args.modules)
+    runs = _chosen(study, args)
     page = args.report or os.path.join(REPOSITORY, "docs", "studies", f"{study.name}.md")
     if not args.report_only:
         sweep_temporaries(os.path.dirname(page))
@@ -681,25 +708,6 @@ def _claimed(output: str) -> Iterator[None]:
         yield
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("study", metavar="STUDY.yaml")
-    parser.add_argument("--output", required=True, metavar="DIRECTORY")
-    parser.add_argument("--report", metavar="FILE", help="default: docs/studies/NAME.md")
-    parser.add_argument("--report-only", action="store_true", help="train nothing")
-    parser.add_argument("--only", action="append", default=[], metavar="CELL", help="repeatable")
-    parser.add_argument("--seed", action="append", default=[], type=int, help="repeatable")
-    parser.add_argument(
-        "--minutes", type=float, help="stop a run that takes longer, resumptions added up"
-    )
-    parser.add_argument(
-        "--time-limit", type=float, metavar="MINUTES", help="begin no run after so long"
-    )
-    return parser.parse_args(arguments)
-
-
 if __name__ == "__main__":
     stop_on_signals()
-    main()
+    run(main)

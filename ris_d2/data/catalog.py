@@ -1,11 +1,13 @@
 """Dataset names and files in detectron2's catalogs; mixtures without leaked images; seen classes."""
 
+import difflib
 import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..io import dataset_root
@@ -17,7 +19,16 @@ from .refclef import load_refclef
 from .refer import MissingSplitError, load_refer
 from .ris_json import load_ris_json
 
-__all__ = ["DATASETS", "MIXTURES", "Dataset", "load_records", "register_all", "register_ris_json"]
+__all__ = [
+    "DATASETS",
+    "MIXTURES",
+    "Dataset",
+    "check_files",
+    "load_records",
+    "register_all",
+    "register_from_config",
+    "register_ris_json",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +69,16 @@ class Dataset:
         """
         if split in self.class_splits():
             return self._load_classes(root, *split.split("_"))
+        self.check_files(root, split, images=False)
         paths, image_root = self.paths(root, split), os.path.join(root, self.image_root)
+        if self.reader is load_phrasecut:  # one file per split
+            return self.reader(*paths, image_root, source=self.source, skipped=skipped)
+        return self.reader(*paths, image_root, split, source=self.source, skipped=skipped)
+
+    def check_files(self, root: str, split: str, *, images: bool = True) -> None:
+        """Raise FileNotFoundError if files of ``split``, or the folder of images, are missing."""
+        paths = self.paths(root, split.split("_")[0] if split in self.class_splits() else split)
+        paths += [os.path.join(root, self.image_root)] * images
         missing = [os.path.abspath(path) for path in paths if not os.path.exists(path)]
         if missing:
             raise FileNotFoundError(
@@ -66,9 +86,6 @@ class Dataset:
                 f"The root is $DETECTRON2_DATASETS, now {root!r}; datasets/README.md says where to get "
                 "the files, datasets/prepare.py what is there"
             )
-        if self.reader is load_phrasecut:  # one file per split
-            return self.reader(*paths, image_root, source=self.source, skipped=skipped)
-        return self.reader(*paths, image_root, split, source=self.source, skipped=skipped)
 
     def _load_classes(self, root: str, split: str, kind: str) -> list[dict]:
         records = self.load(root, split)
@@ -239,6 +256,55 @@ def register_ris_json(
     elif any(metadata.get(key) != value for key, value in values.items()):
         raise ValueError(f"the dataset name {name!r} is taken; choose another for {json_file}")
     metadata.set(**values)
+
+
+def register_from_config(cfg: CfgNode) -> None:
+    """Register the datasets of DATASETS.RIS_JSON; calling it again changes nothing.
+
+    Raises:
+        ValueError: an entry is no (name, json file, image folder), or its name is taken.
+    """
+    for entry in cfg.DATASETS.RIS_JSON:
+        if len(entry) != 3 or not all(isinstance(part, str) for part in entry):
+            raise ValueError(
+                f"DATASETS.RIS_JSON: {entry!r} must be three texts: name, json file, image folder"
+            )
+        name, json_file, image_root = entry
+        register_ris_json(name, _found(json_file), _found(image_root))
+
+
+def _found(path: str) -> str:
+    path = os.path.expanduser(path)
+    under_root = os.path.join(dataset_root(), path)
+    return under_root if not os.path.exists(path) and os.path.exists(under_root) else path
+
+
+def check_files(name: str) -> None:
+    """Look whether the files of a registered dataset are there, without reading them.
+
+    Raises:
+        FileNotFoundError: annotation files or the folder of images are missing.
+        ValueError: no such dataset; the message lists what is known.
+    """
+    if name not in DatasetCatalog:
+        known = sorted(n for n in DatasetCatalog.list() if n.startswith("ris_") or _is_referring(n))
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"unknown dataset {name!r}; {hint}known: {', '.join(known)}")
+    for member in MIXTURES.get(name, (name,)):
+        if member in _SPLITS:
+            dataset, split = _SPLITS[member]
+            dataset.check_files(dataset_root(), split)
+            continue
+        metadata = MetadataCatalog.get(member)
+        files = [*metadata.get("annotation_files", ()), metadata.get("image_root", ".")]
+        missing = [path for path in files if not os.path.exists(path)]
+        if missing:
+            raise FileNotFoundError(f"dataset {member}: no such file: {', '.join(missing)}")
+
+
+def _is_referring(name: str) -> bool:
+    return MetadataCatalog.get(name).get("evaluator_type") == "referring"
 
 
 def load_records(names: Sequence[str], *, drop_eval_images: bool) -> list[dict]:

@@ -12,6 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, JSONWriter
 from torch import nn
@@ -130,6 +131,18 @@ class Trainer(DefaultTrainer):
             self._trainer.load_state_dict(state_dict["_trainer"])
         else:
             logger.warning("The checkpoint has no optimizer state: the optimizer starts afresh")
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = build_model(cfg)
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        logger.info(
+            "%s: %.2f M parameters, %.2f M of them trainable",
+            cfg.MODEL.META_ARCHITECTURE,
+            sum(size for size, _ in sizes) / 1e6,
+            sum(size for size, trains in sizes if trains) / 1e6,
+        )
+        return model
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:

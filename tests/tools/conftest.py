@@ -13,6 +13,8 @@ REPOSITORY = Path(__file__).parents[2]
 def load_tool():
     """``load_tool("demo")`` returns tools/demo.py as a module."""
 
+    sys.path.append(str(REPOSITORY / "tools"))  # as Python has it for a script's own folder
+
     def load(name):
         path = (REPOSITORY / "tools" / f"{name}.py").resolve()
         spec = importlib.util.spec_from_file_location(f"tools_{path.stem}", path)

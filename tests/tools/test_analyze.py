@@ -5,6 +5,8 @@ import pytest
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 
+from ris_d2 import load_config
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -47,7 +49,7 @@ def test_published_deris_less_what_no_loss_ever_reached(load_tool):
     mapmlp, nt_embed and query_embed of its perception branch)."""
     dead = 768 + 514 + 514 + 132_612 + 131_584 + 4 * 2_560 + 257 + 2_560
     analyze = load_tool("analyze")
-    cfg = analyze.load_config(str(CONFIGS / "deris_swin_s.yaml"))
+    cfg = load_config(str(CONFIGS / "deris_swin_s.yaml"))
     with torch.device("meta"):
         model = META_ARCH_REGISTRY.get("DeRIS")(cfg)
     sizes = {name: (p.numel(), p.requires_grad) for name, p in model.named_parameters()}

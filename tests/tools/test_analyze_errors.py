@@ -93,5 +93,5 @@ def test_edges_are_percent(analyze_errors, evaluated, capsys):
 )
 def test_mistakes_end_with_one_line(analyze_errors, evaluated, arguments, message):
     files = [] if "missing" in arguments[0] else [evaluated()]
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         analyze_errors.main([*files, *arguments])

@@ -4,6 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ris_d2 import load_config
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Published settings with an encoder of next to nothing: mapper, sizes of maps, loss and inference are
 # those of the leaf.
@@ -21,7 +23,7 @@ SMALL = {
 
 def ceilings(load_tool, leaf, *options, per_band=24, steps=100):
     tool = load_tool("ceiling")
-    cfg = tool.load_config(str(CONFIGS / leaf), list(options))
+    cfg = load_config(str(CONFIGS / leaf), list(options))
     return tool.measure(cfg, per_band=per_band, steps=steps)
 
 

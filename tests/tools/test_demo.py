@@ -20,7 +20,13 @@ def _run(load_tool, tiny_config, photo, output, threshold):
     load_tool("demo").main(
         ["--config-file", tiny_config, "--image", photo, "--output", str(output)]
         + ["--text", "the red circle", "--text", "blue squares"]
-        + ["MODEL.RIS.EXISTENCE_THRESHOLD", threshold, "MODEL.RIS.MASK_THRESHOLD", "0.0"]
+        + [
+            "MODEL.RIS.EXISTENCE_THRESHOLD",
+            threshold,
+            "MODEL.RIS.MASK_THRESHOLD",
+            "0.0",
+            "--untrained",
+        ]
     )
     return json.loads((output / "results.json").read_text())
 

@@ -57,8 +57,7 @@ def test_the_whole_way_and_the_command_that_it_prints(
     command = printed.split("The same numbers again:\n")[1].split()
     assert command[:2] == ["python", os.path.relpath(quickstart.REPOSITORY + "/train_net.py")]
     train_net = load_tool("../train_net")
-    parser = train_net.default_argument_parser()
-    results = train_net.main(parser.parse_args(command[2:]))
+    results = train_net.main(train_net.parse(command[2:]))
     assert results["referring"] == report["metrics"]
 
     # A second run keeps data and training, and another configuration is not mixed in.

@@ -66,7 +66,6 @@ def train(study, load_tool, monkeypatch):
     ``train.stop_at`` = i interrupts the next training in its i-th step.
     """
     train_net = load_tool("../train_net")
-    parser = train_net.default_argument_parser()
     stock = train_net.Trainer
 
     class Train:
@@ -90,7 +89,7 @@ def train(study, load_tool, monkeypatch):
             with monkeypatch.context() as patch:
                 patch.setattr(stock, "run_step", step)
                 try:
-                    train_net.main(parser.parse_args(command[2:]))
+                    train_net.main(train_net.parse(command[2:]))
                 except ValueError as error:
                     (Path(output_dir) / "console.txt").write_text(
                         f"at line 3\nValueError: {error}\n"
@@ -287,13 +286,13 @@ def test_a_key_that_is_new_in_the_code_makes_no_run_worthless(study, files, tmp_
 )
 def test_a_malformed_study_is_refused(study, files, old, new, message):
     path = files({old: new})
-    with pytest.raises(SystemExit, match=f"(?s)widths.yaml.*{message}"):
+    with pytest.raises((ValueError, FileNotFoundError), match=f"(?s)widths.yaml.*{message}"):
         study.main([path, "--output", "unused"])
 
 
 def test_unknown_choices_on_the_command_line(study, files):
     for words, message in ((["--only", "narow"], "narrow"), (["--seed", "3"], "known: 1, 2")):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(ValueError, match=message):
             study.main([files(), "--output", "unused", *words])
 
 
