@@ -108,7 +108,10 @@ def _names(node: CN, path: str = "") -> Iterator[str]:
 
 
 def add_ris_config(cfg: CN) -> None:
-    """Add the keys of ris_d2 to ``cfg`` in place (once; a second call resets them to the defaults)."""
+    """Add the keys of ris_d2 to ``cfg`` in place (once; a second call resets them to the defaults).
+
+    detectron2's own keys stay as they are; configs/Base-RIS.yaml sets those that referring needs.
+    """
     _add_data_keys(cfg)
     _add_model_keys(cfg)
     _add_solver_keys(cfg)
@@ -126,8 +129,6 @@ def add_ris_config(cfg: CN) -> None:
 
 
 def _add_data_keys(cfg: CN) -> None:
-    # detectron2's default True would drop every expression without a target from training.
-    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     # Mixed training sets drop every image that a val/test split of any member uses. False
     # reproduces sets that were published without dropping.
     cfg.DATASETS.DROP_EVAL_IMAGES = True
@@ -136,7 +137,6 @@ def _add_data_keys(cfg: CN) -> None:
     # $DETECTRON2_DATASETS.
     cfg.DATASETS.RIS_JSON = []
 
-    cfg.INPUT.FORMAT = "RGB"  # all methods read RGB; MODEL.PIXEL_MEAN/STD are RGB in 0..255
     # Sentences of one image drawn for one training unit when INPUT.RIS.UNIT is "image".
     cfg.INPUT.MAX_EXPRESSIONS = 8
 
@@ -198,7 +198,8 @@ def _add_model_keys(cfg: CN) -> None:
     cfg.MODEL.SAVE_FROZEN = True
 
     cfg.MODEL.RIS = CN()
-    # fp32 | bf16 | fp16 (GPU only): autocast around the whole forward
+    # fp32 | bf16 | fp16 (GPU only): autocast around the whole forward. SOLVER.AMP.ENABLED makes fp32
+    # fp16.
     cfg.MODEL.RIS.PRECISION = "fp32"
     # Parts without gradient, {part: eval | train}: the mode says whether dropout, DropPath and
     # BatchNorm behave as in evaluation or as in training. none: a _BASE_ freezes it, this does not.
@@ -230,8 +231,6 @@ def _add_model_keys(cfg: CN) -> None:
 
 
 def _add_solver_keys(cfg: CN) -> None:
-    # Biases and whatever else has at most one dimension; detectron2's None means as WEIGHT_DECAY.
-    cfg.SOLVER.WEIGHT_DECAY_BIAS = 0.0
     cfg.SOLVER.RIS = CN()
     cfg.SOLVER.RIS.OPTIMIZER = "AdamW"  # AdamW | Adam
     cfg.SOLVER.RIS.BETAS = (0.9, 0.999)
@@ -243,14 +242,18 @@ def _add_solver_keys(cfg: CN) -> None:
     # Regexes of parameters without weight decay, beside norms (SOLVER.WEIGHT_DECAY_NORM), biases
     # (SOLVER.WEIGHT_DECAY_BIAS) and whatever else has one dimension.
     cfg.SOLVER.RIS.NO_DECAY = []
-    cfg.SOLVER.RIS.SCHEDULE = "step"  # step (SOLVER.STEPS, GAMMA) | cosine (to 0) | poly
+    # step (SOLVER.STEPS, GAMMA) | cosine (to 0) | poly. A SOLVER.LR_SCHEDULER_NAME other than
+    # detectron2's default takes its place.
+    cfg.SOLVER.RIS.SCHEDULE = "step"
     # Length in epochs of training units (INPUT.RIS.UNIT); MAX_ITER, STEPS and WARMUP_ITERS then follow
     # from the units that are there and IMS_PER_BATCH. 0: those count.
     cfg.SOLVER.RIS.EPOCHS = 0
     cfg.SOLVER.RIS.STEP_EPOCHS = ()  # epochs after which the rate is multiplied by SOLVER.GAMMA
     cfg.SOLVER.RIS.WARMUP_EPOCHS = 0
     cfg.SOLVER.RIS.POLY_POWER = 0.9  # rate x (1 - t/T)^power
-    cfg.SOLVER.RIS.CLIP_GRAD_NORM = 0.0  # global norm over all parameters; 0 = off
+    # Global norm over all parameters; 0 = off. SOLVER.CLIP_GRADIENTS with CLIP_TYPE full_model is the
+    # same; its value and norm clip each parameter by itself, as in detectron2.
+    cfg.SOLVER.RIS.CLIP_GRAD_NORM = 0.0
     # Numbered checkpoints (every SOLVER.CHECKPOINT_PERIOD iterations) that OUTPUT_DIR keeps, the newest
     # ones; 0 = all. model_final.pth and model_best.pth stay.
     cfg.SOLVER.RIS.KEEP_CHECKPOINTS = 3

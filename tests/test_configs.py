@@ -109,8 +109,8 @@ def test_every_key_is_read(tmp_path, monkeypatch):
     refshapes.write(str(tmp_path / "refshapes"), {"train": 2, "val": 1}, refshapes.Options())
     stock = dict(leaves(get_cfg()))
     ours = {key for key, value in leaves(get_ris_cfg()) if key not in stock or stock[key] != value}
-    # detectron2's own keys: set to what referring needs, read by detectron2 or by users' loaders.
-    ours -= {"MODEL.DEVICE", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "INPUT.FORMAT"}
+    # set by get_ris_cfg, read by detectron2
+    ours -= {"MODEL.DEVICE"}
     Recorder.seen = set()
     register_from_config(Recorder.of(get_ris_cfg()))
     for schedule in ("cosine", "poly"):

@@ -77,6 +77,8 @@ def load_init(model: nn.Module, init: Iterable[Sequence[str]]) -> dict[str, tupl
         ValueError: unknown source, a source that the model has no part for, a damaged file, or one
             that leaves some of the part unfilled (beyond what its format may miss).
     """
+    # Under DistributedDataParallel the model is its "module".
+    getattr(getattr(model, "module", model), "to_be_applied", set()).discard("MODEL.INIT")
     filled = {}
     for source, path in init:
         converter = get_converter(source)

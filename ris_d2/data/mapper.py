@@ -106,6 +106,12 @@ class ReferringMapper:
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         ris = cfg.INPUT.RIS
+        if is_train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+            logger.warning(
+                "DATALOADER.FILTER_EMPTY_ANNOTATIONS is True: detectron2's own train loader leaves "
+                "out images whose sentences have no target (ris_d2's loader keeps them); set it to "
+                "False, as configs/Base-RIS.yaml does"
+            )
         affine = {
             "rotation": ris.AFFINE.ROTATION,
             "scale": ris.AFFINE.SCALE,

@@ -3,10 +3,12 @@
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
 __all__ = ["build_optimizer", "parameter_groups"]
@@ -20,8 +22,16 @@ _NORMS = (
 )
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    cfg: CfgNode, model: nn.Module, *, clips_full_model: bool = True
+) -> torch.optim.Optimizer:
     """Build SOLVER.RIS.OPTIMIZER over the trainable parameters; the log shows its groups.
+
+    detectron2's SOLVER.BIAS_LR_FACTOR and SOLVER.CLIP_GRADIENTS (CLIP_TYPE value, norm) hold, too.
+
+    Args:
+        clips_full_model: ``step`` clips by SOLVER.RIS.CLIP_GRAD_NORM. For trainers that do not; under
+            detectron2's AMPTrainer, too, gradients are unscaled by then.
 
     Raises:
         ValueError: unknown optimizer, or see :func:`parameter_groups`.
@@ -39,11 +49,23 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_bias=decay if bias_decay is None else bias_decay,
         lr_factors=ris.LR_FACTORS,
         no_decay=ris.NO_DECAY,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
     )
     _log_groups(ris.OPTIMIZER, groups)
-    return kinds[ris.OPTIMIZER](
+    getattr(getattr(model, "module", model), "to_be_applied", set()).discard("SOLVER.RIS")
+    optimizer = kinds[ris.OPTIMIZER](
         groups, lr=cfg.SOLVER.BASE_LR, betas=tuple(ris.BETAS), eps=ris.EPS, amsgrad=ris.AMSGRAD
     )
+    if clips_full_model and ris.CLIP_GRAD_NORM > 0:
+        optimizer.register_step_pre_hook(partial(_clip_before_step, ris.CLIP_GRAD_NORM))
+    if cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model":
+        return optimizer
+    return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def _clip_before_step(max_norm: float, optimizer: torch.optim.Optimizer, *args: Any) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 def parameter_groups(
@@ -55,6 +77,7 @@ def parameter_groups(
     weight_decay_bias: float = 0.0,
     lr_factors: Iterable[tuple[str, float]] = (),
     no_decay: Sequence[str] = (),
+    bias_lr_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters by learning rate and weight decay.
 
@@ -66,6 +89,7 @@ def parameter_groups(
         weight_decay_bias: of biases and whatever else has at most one dimension.
         lr_factors: (regex, factor); the first regex found in a parameter's name scales its rate.
         no_decay: regexes of parameters without weight decay, whatever they are.
+        bias_lr_factor: on top, for parameters named "bias".
 
     Returns:
         groups for a torch optimizer, in the order of the model's parameters: "params", "lr",
@@ -91,6 +115,8 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         factor = next((f for pattern, f in lr_factors if pattern.search(name)), 1.0)
+        if name.rpartition(".")[2] == "bias":
+            factor *= bias_lr_factor
         if any(pattern.search(name) for pattern in no_decay):
             decay = 0.0
         elif id(parameter) in norms:

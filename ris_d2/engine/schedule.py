@@ -5,6 +5,7 @@ import math
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.solver.build import build_lr_scheduler as build_stock_lr_scheduler
 from detectron2.solver.lr_scheduler import LRMultiplier, WarmupParamScheduler
 from fvcore.common.param_scheduler import (
     CosineParamScheduler,
@@ -64,12 +65,20 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMult
     or constant) from WARMUP_FACTOR to the value that the schedule has at the end of the warm-up;
     its clock is not delayed by the warm-up.
 
+    A SOLVER.LR_SCHEDULER_NAME other than detectron2's default (WarmupCosineLR, ...) is built by
+    detectron2, and SCHEDULE must be left alone.
+
     Raises:
-        ValueError: unknown schedule, or MAX_ITER is not positive.
+        ValueError: unknown schedule, two of them, or MAX_ITER is not positive.
     """
     solver = cfg.SOLVER
     if solver.MAX_ITER <= 0:
         raise ValueError(f"SOLVER.MAX_ITER is {solver.MAX_ITER}; it must be positive")
+    if solver.LR_SCHEDULER_NAME != "WarmupMultiStepLR":
+        if solver.RIS.SCHEDULE != "step":
+            raise ValueError("set SOLVER.LR_SCHEDULER_NAME or SOLVER.RIS.SCHEDULE, not both")
+        logger.info("Learning rate: detectron2's %s", solver.LR_SCHEDULER_NAME)
+        return build_stock_lr_scheduler(cfg, optimizer)
     if solver.RIS.SCHEDULE == "step":
         schedule = _steps(cfg)
     elif solver.RIS.SCHEDULE == "cosine":

@@ -27,7 +27,7 @@ from .processes import share_buffers
 from .schedule import build_lr_scheduler, with_iterations
 from .step import StepTrainer
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "with_stock_keys"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +40,12 @@ class Trainer(DefaultTrainer):
     draws a seed once and keeps it in the checkpoint.
 
     Raises:
-        ValueError: the config asks for something that this trainer does by another key, or see
-            ``build_optimizer``, ``build_lr_scheduler`` and the loaders.
+        ValueError: see ``with_stock_keys``, ``build_optimizer``, ``build_lr_scheduler`` and the
+            loaders.
     """
 
     def __init__(self, cfg: CfgNode):
-        _check_keys(cfg)
+        cfg = with_stock_keys(cfg)
         self._seed_is_free = cfg.SEED < 0
         if self._seed_is_free:
             cfg = _with_seed(cfg, comm.shared_random_seed() % 2**31)
@@ -134,7 +134,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        model = build_model(cfg)
+        model = build_model(with_stock_keys(cfg))
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
         logger.info(
             "%s: %.2f M parameters, %.2f M of them trainable",
@@ -164,7 +164,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(cfg, model)
+        return build_optimizer(cfg, model, clips_full_model=False)  # StepTrainer does
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
@@ -245,25 +245,40 @@ def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
     return cfg
 
 
-def _check_keys(cfg: CfgNode) -> None:
-    solver = cfg.SOLVER
-    replaced = {
-        "SOLVER.AMP.ENABLED": (solver.AMP.ENABLED, "MODEL.RIS.PRECISION"),
-        "SOLVER.CLIP_GRADIENTS.ENABLED": (
-            solver.CLIP_GRADIENTS.ENABLED,
-            "SOLVER.RIS.CLIP_GRAD_NORM",
-        ),
-        "SOLVER.BIAS_LR_FACTOR": (solver.BIAS_LR_FACTOR != 1.0, "SOLVER.RIS.LR_FACTORS"),
-        "SOLVER.LR_SCHEDULER_NAME": (
-            solver.LR_SCHEDULER_NAME != "WarmupMultiStepLR",
-            "SOLVER.RIS.SCHEDULE",
-        ),
-    }
-    for key, (is_set, ours) in replaced.items():
-        if is_set:
-            raise ValueError(f"{key} has no effect here; use {ours}")
-    if cfg.MODEL.RIS.PRECISION == "fp16" and not cfg.MODEL.DEVICE.startswith("cuda"):
-        raise ValueError("MODEL.RIS.PRECISION fp16 needs a GPU; use bf16 on a CPU")
+def with_stock_keys(cfg: CfgNode) -> CfgNode:
+    """Read detectron2's keys for mixed precision and clipping as those of ris_d2, where set.
+
+    SOLVER.AMP.ENABLED makes MODEL.RIS.PRECISION fp16 (unless it is bf16); SOLVER.CLIP_GRADIENTS with
+    CLIP_TYPE full_model is SOLVER.RIS.CLIP_GRAD_NORM. (Its other types, BIAS_LR_FACTOR and
+    LR_SCHEDULER_NAME are obeyed by ``build_optimizer`` and ``build_lr_scheduler``.) The log says so.
+
+    Raises:
+        ValueError: fp16 without a GPU, or both keys for clipping are set.
+    """
+    changes: dict[str, Any] = {}
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.RIS.PRECISION == "fp32":
+        changes["MODEL.RIS.PRECISION"] = "fp16"
+    if clip.ENABLED and clip.CLIP_TYPE == "full_model":
+        if cfg.SOLVER.RIS.CLIP_GRAD_NORM not in (0.0, clip.CLIP_VALUE):
+            raise ValueError("set SOLVER.CLIP_GRADIENTS or SOLVER.RIS.CLIP_GRAD_NORM, not both")
+        if clip.NORM_TYPE != 2.0:
+            raise ValueError("SOLVER.CLIP_GRADIENTS: full_model clips by the norm of NORM_TYPE 2.0")
+        if cfg.SOLVER.RIS.CLIP_GRAD_NORM == 0.0:
+            changes["SOLVER.RIS.CLIP_GRAD_NORM"] = float(clip.CLIP_VALUE)
+    precision = changes.get("MODEL.RIS.PRECISION", cfg.MODEL.RIS.PRECISION)
+    if precision == "fp16" and not cfg.MODEL.DEVICE.startswith("cuda"):
+        is_ours = cfg.MODEL.RIS.PRECISION == "fp16"
+        source = "MODEL.RIS.PRECISION fp16" if is_ours else "SOLVER.AMP.ENABLED"
+        raise ValueError(f"{source} needs a GPU; use MODEL.RIS.PRECISION bf16 on a CPU")
+    if not changes:
+        return cfg
+    logger.info("detectron2's SOLVER keys mean here: %s", changes)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list([word for pair in changes.items() for word in pair])
+    cfg.freeze()
+    return cfg
 
 
 def _log_epochs(cfg: CfgNode, units_per_epoch: int) -> None:

@@ -1,6 +1,7 @@
 """ReferringSegmenter: what all methods have in common as detectron2 meta-architectures."""
 
 import contextlib
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from .explanation import Explanation
 from .layers import ExistenceHead, resize_maps
 from .losses import mean_over_processes
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NO_TARGET = ("none", "area", "head")
@@ -56,6 +59,7 @@ class ReferringSegmenter(nn.Module):
         threshold_first: bool = False,
         target_resizing: str = "area",
         max_expressions: int = 32,
+        to_be_applied: Sequence[str] = (),
     ):
         """
         Args:
@@ -69,6 +73,9 @@ class ReferringSegmenter(nn.Module):
                 ExistenceHead on it. None for methods that decide themselves.
             target_resizing: area or nearest, how ``shrink_targets`` makes training targets.
             max_expressions: expressions segmented at once in evaluation.
+            to_be_applied: groups of config keys that say how to train the model, but that others must
+                apply: MODEL.INIT (``load_init``, ``RISCheckpointer``), SOLVER.RIS
+                (``build_optimizer``). A training without them is warned of.
 
         Raises:
             ValueError: for an unknown precision, no_target or target_resizing.
@@ -98,12 +105,14 @@ class ReferringSegmenter(nn.Module):
         self.threshold_first = threshold_first
         self.target_resizing = target_resizing
         self.max_expressions = max_expressions
+        self.to_be_applied = set(to_be_applied)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """The arguments of the base; a method adds its own to this dict."""
         ris = cfg.MODEL.RIS
         return {
+            "to_be_applied": ["SOLVER.RIS"] + ["MODEL.INIT"] * bool(cfg.MODEL.INIT),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_size": cfg.INPUT.RIS.SIZE,
@@ -239,8 +248,20 @@ class ReferringSegmenter(nn.Module):
             head, else the highest mask probability), "no_target", "instances".
         """
         if self.training:
+            self._warn_of_what_nobody_applied()
             return self._training_step(batched_inputs)
         return self._inference(batched_inputs)
+
+    def _warn_of_what_nobody_applied(self) -> None:
+        if self.to_be_applied:
+            logger.warning(
+                "%s is trained without what the config says under %s: the optimizer was not built by "
+                "ris_d2.engine.build_optimizer, or the weights were not loaded by "
+                "ris_d2.checkpoint.load_init. docs/extending.md has the lines for another trainer",
+                type(self).__name__,
+                " and ".join(sorted(self.to_be_applied)),
+            )
+            self.to_be_applied.clear()  # said once
 
     @torch.no_grad()
     def explanations(self, batched_inputs: list[dict]) -> list[Explanation]:

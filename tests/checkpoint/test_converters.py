@@ -76,6 +76,6 @@ def test_tool_writes_the_converted_file(tmp_path, monkeypatch):
 
 def test_tool_leaves_nothing_behind_when_it_fails(tmp_path, monkeypatch):
     torch.save({"other": torch.ones(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="not a BEiT-3 checkpoint"):
+    with pytest.raises(SystemExit, match="not a BEiT-3 checkpoint"):
         run_tool(monkeypatch, "--source", "beit3", tmp_path / "other.pth", tmp_path / "out.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["other.pth"]

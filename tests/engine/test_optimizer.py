@@ -86,6 +86,7 @@ def test_a_model_without_trainable_parameters_is_an_error():
 def test_optimizer_follows_the_config(name, caplog):
     cfg = get_ris_cfg()
     cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY = 0.5, 0.25
+    cfg.SOLVER.WEIGHT_DECAY_BIAS = 0.0  # as configs/Base-RIS.yaml
     ris = cfg.SOLVER.RIS
     ris.OPTIMIZER, ris.BETAS, ris.EPS, ris.AMSGRAD = name, (0.8, 0.9), 1e-5, True
     model = Model()

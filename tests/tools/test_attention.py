@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ris_d2 import load_config
 from ris_d2.data import refshapes
 from ris_d2.data.catalog import register_all
 from ris_d2.modeling.explanation import Explanation
@@ -139,7 +140,7 @@ class Looks:
 
 
 def test_maps_lie_where_the_model_looked(attention, tiny_config, tmp_path, monkeypatch):
-    observer = attention.Observer(tiny_config, "", ["INPUT.RIS.GEOMETRY", "letterbox"])
+    observer = attention.Observer(load_config(tiny_config, ["INPUT.RIS.GEOMETRY", "letterbox"]))
     observer.predictor.model = Looks()
     # 64 x 32 of the 64 x 64 letterbox: the upper and lower quarter are not of the image.
     image = np.full((32, 64, 3), 200, np.uint8)

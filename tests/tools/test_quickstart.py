@@ -84,7 +84,7 @@ def test_fresh_deletes_what_the_quickstart_made_and_nothing_else(quickstart, con
         quickstart.main(_arguments(config, output, "--fresh"))
     assert (output / "thesis.txt").read_text() == "years"
 
-    cfg = quickstart._load_cfg(quickstart._parse(_arguments(config, output)))
+    cfg = quickstart._load_cfg(quickstart.parse(_arguments(config, output)))
     (output / "quickstart.yaml").write_text("of other settings")
     made = ["metrics.json", "train/model_0000001.pth", "train/log.txt", "val/results.json"]
     made.append("train/inference/ris_grefshapes_val/results.json")
@@ -151,10 +151,9 @@ def test_killed_in_the_middle_it_leaves_no_process_and_ends_as_a_straight_one(
         time.sleep(0.05)
 
     train_net = load_tool("../train_net")
-    parser = train_net.default_argument_parser()
 
     def train_here(command, *args, **kwargs):  # a process of its own takes seconds to start
-        train_net.main(parser.parse_args(command[2:]))
+        train_net.main(train_net.parse(command[2:]))
         return 0
 
     monkeypatch.setattr(quickstart, "follow_training", train_here)

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
-from ..backbone import RISCLIPViT
+from ..backbone import RISCLIPViT, backbone_class
 from ..explanation import Explanation
 from ..losses import mask_dice, mask_focal
 from ..segmenter import ReferringSegmenter
@@ -103,7 +103,7 @@ class ASDA(ReferringSegmenter):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         asda = cfg.MODEL.ASDA
-        vision, text = build_backbone(cfg), build_text_encoder(cfg)
+        vision, text = backbone_class(cfg, RISCLIPViT)(cfg), build_text_encoder(cfg)
         norm = Norm(name=asda.NORM, momentum=asda.NORM_MOMENTUM)
         _check(cfg, vision.depth, text.depth)
         levels = {"low": asda.SELECTION.LOW_LAYERS, "mid": asda.SELECTION.MID_LAYERS}

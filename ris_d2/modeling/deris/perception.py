@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
+from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
-from ..backbone import RISSwin
+from ..backbone import RISSwin, build_pyramid_backbone
 from ..layers import MultiheadAttention
 from .pixel_decoder import LEVELS, PixelDecoder, Size, level_positions
 
@@ -141,7 +142,7 @@ class PerceptionBranch(nn.Module):
     def __init__(
         self,
         *,
-        backbone: RISSwin,
+        backbone: Backbone,
         pixel_decoder: PixelDecoder,
         num_layers: int,
         num_queries: int,
@@ -196,7 +197,7 @@ class PerceptionBranch(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         deris = cfg.MODEL.DERIS
-        backbone = RISSwin(cfg)
+        backbone = build_pyramid_backbone(cfg, RISSwin, ("res2", "res3", "res4", "res5"))
         return {
             "backbone": backbone,
             "pixel_decoder": PixelDecoder(

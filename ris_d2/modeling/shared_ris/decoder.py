@@ -30,7 +30,7 @@ class SharedMaskDecoder(nn.Module):
             norm: BN, SyncBN, GN, ... of the head's convolutions.
         """
         super().__init__()
-        self.grid = grid
+        self.grid = tuple(grid)  # a LazyConfig gives a list of its own kind
         self.layers = nn.ModuleList(
             SharedLayer(dim=dim, num_heads=num_heads, fusion=fusion) for _ in range(num_layers)
         )

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
-from ..backbone import RISBEiT3
+from ..backbone import RISBEiT3, backbone_class
 from ..explanation import AttentionRecorder, Explanation, row_entropy
 from ..layers import init_xavier, resize_maps
 from ..losses import mask_bce, mask_dice
@@ -61,7 +61,8 @@ class SharedRIS(ReferringSegmenter):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         shared = cfg.MODEL.SHARED_RIS
         # h_j is the residual stream (Eq. 4 and 5): the encoder's last LayerNorm has no reader.
-        encoder = RISBEiT3(**RISBEiT3.from_config(cfg), final_norm=False)
+        build = backbone_class(cfg, RISBEiT3)
+        encoder = build(**build.from_config(cfg), final_norm=False)
         if shared.LOSS_RESOLUTION not in ("mask", "input"):
             raise ValueError(
                 f"MODEL.SHARED_RIS.LOSS_RESOLUTION is {shared.LOSS_RESOLUTION!r}, not mask or input"

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import get_norm
 from torch import Tensor, nn
 
-from ..backbone import RISBEiT3, RISSwin
+from ..backbone import RISBEiT3, RISSwin, backbone_class
 from ..text import BertStack, RISBert
 from .exchange import LateFusion, StageFusion
 
@@ -219,7 +219,8 @@ def build_encoder(cfg: CfgNode) -> EarlyFusion | SeparateEncoders | BEiT3Encoder
 
 
 def _build_early(cfg: CfgNode) -> EarlyFusion:
-    vision = RISSwin(**RISSwin.from_config(cfg), out_features=())
+    swin = backbone_class(cfg, RISSwin)
+    vision = swin(**swin.from_config(cfg), out_features=())
     bert: dict[str, Any] = RISBert.from_config(cfg)
     first = bert["depth"] - _LATER_LAYERS
     if cfg.MODEL.VIPA.INIT_STAGES_FROM_BERT:
@@ -236,23 +237,24 @@ def _build_early(cfg: CfgNode) -> EarlyFusion:
 
 
 def _build_one_way(cfg: CfgNode) -> EarlyFusion:
+    swin = backbone_class(cfg, RISSwin)
     return EarlyFusion(
-        vision=RISSwin(**RISSwin.from_config(cfg), out_features=()),
+        vision=swin(**swin.from_config(cfg), out_features=()),
         text=RISBert(cfg),
         language_reads=False,
     )
 
 
 def _build_separate(cfg: CfgNode) -> SeparateEncoders:
-    return SeparateEncoders(vision=RISSwin(cfg), text=RISBert(cfg))
+    return SeparateEncoders(vision=backbone_class(cfg, RISSwin)(cfg), text=RISBert(cfg))
 
 
 def _build_late(cfg: CfgNode) -> SeparateEncoders:
-    vision, text = RISSwin(cfg), RISBert(cfg)
+    vision, text = backbone_class(cfg, RISSwin)(cfg), RISBert(cfg)
     num_heads = cfg.MODEL.VIPA.NUM_HEADS
     fusion = LateFusion(vision_dim=vision.dims[-1], text_dim=text.dim, num_heads=num_heads)
     return SeparateEncoders(vision=vision, text=text, fusion=fusion)
 
 
 def _build_beit3(cfg: CfgNode) -> BEiT3Encoder:
-    return BEiT3Encoder(beit3=RISBEiT3(cfg), norm=cfg.MODEL.VIPA.DECODER.NORM)
+    return BEiT3Encoder(beit3=backbone_class(cfg, RISBEiT3)(cfg), norm=cfg.MODEL.VIPA.DECODER.NORM)
