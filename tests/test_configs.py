@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from ris_d2 import get_ris_cfg, load_config
@@ -19,19 +20,22 @@ from ris_d2.modeling.deris import DeRIS
 from ris_d2.modeling.risam import RISAM
 from ris_d2.modeling.text import RISCausalLM, build_text_encoder
 from ris_d2.modeling.vipa import VIPA
+from ris_d2.paper_tables import read_paper_row, row_names
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LEAVES = sorted(
     str(p.relative_to(CONFIGS))
     for p in CONFIGS.rglob("*.yaml")
-    if "Base" not in p.name and p.parent.name != "studies"  # those are tools/study.py's
+    # studies are tools/study.py's, papers are tables of rows
+    if "Base" not in p.name and p.parent.name not in ("studies", "papers")
+)
+ROWS = sorted(
+    f"papers/{p.name}:{row}" for p in (CONFIGS / "papers").iterdir() for row in row_names(str(p))
 )
 
 
-@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("leaf", [*LEAVES, *ROWS])
 def test_leaf_loads_builds_and_names_known_datasets(leaf):
-    from detectron2.data import DatasetCatalog
-
     cfg = load_config(str(CONFIGS / leaf))
     with torch.device("meta"):
         META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
@@ -46,6 +50,18 @@ def test_leaf_says_where_it_comes_from_and_is_short(leaf):
     assert not any(len(line) > 110 for line in lines)
     # Without a base, a leaf would silently build the defaults.
     assert sum(line.startswith("_BASE_: ") for line in lines) == 1
+
+
+METRICS = {"gIoU", "cIoU", "N_acc", "oIoU", "mIoU", "Pr@0.9", "mIoU/seen", "mIoU/unseen"}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_row_says_what_it_is_and_what_was_published(row):
+    own = read_paper_row(str(CONFIGS / row))
+    assert own.paper or own.note.startswith(("No table row", "Not "))
+    for dataset, metrics in own.published.items():
+        assert dataset in DatasetCatalog and metrics.keys() <= METRICS
+        assert all(isinstance(value, float) and 0 < value < 100 for value in metrics.values())
 
 
 ARITHMETIC = re.compile(
