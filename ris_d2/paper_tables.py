@@ -40,8 +40,8 @@ def read_paper_row(config_file: str) -> PaperRow:
     """Read the row that ``<table>.yaml:<row>`` names.
 
     A table has ``base``, the path of a recipe relative to the table, and ``rows``: name -> {``set``:
-    {KEY: value}, ``like``: a row whose changes come first, ``base``: another recipe, ``paper``,
-    ``published``, ``note``}.
+    {KEY: value}, ``like``: a row or a list of rows whose changes come first, ``base``: another recipe,
+    ``paper``, ``published``, ``note``}.
 
     Raises:
         FileNotFoundError: no such table, or its recipe does not exist.
@@ -52,29 +52,30 @@ def read_paper_row(config_file: str) -> PaperRow:
     table = _read_table(path)
     if name not in table["rows"]:
         raise ValueError(f"{path}: no row {name!r}; the rows are {', '.join(table['rows'])}")
-    chain: list[str] = []
-    while name:
-        if name in chain or name not in table["rows"]:
-            raise ValueError(f"{path}: row {chain[-1]} is like {name!r}, which is no row before it")
-        chain.append(name)
-        name = table["rows"][name].get("like", "")
-    rows = [table["rows"][name] for name in reversed(chain)]
-    base = next((row["base"] for row in reversed(rows) if "base" in row), table["base"])
+    rows = {key: table["rows"][key] for key in _with_likes(path, table["rows"], name, ())}
+    base = [table["base"], *(row["base"] for row in rows.values() if "base" in row)][-1]
     base = os.path.join(os.path.dirname(path), base)
     if not os.path.exists(base):
         raise FileNotFoundError(f"{config_file}: base names {base}: no such file")
-    changes = [
-        (f"{path}:{name}", _nested(row.get("set", {})))
-        for name, row in zip(reversed(chain), rows, strict=True)
-    ]
-    own = rows[-1]
+    own = rows[name]
     return PaperRow(
         base=base,
-        changes=changes,
+        changes=[(f"{path}:{key}", _nested(row.get("set", {}))) for key, row in rows.items()],
         paper=own.get("paper", ""),
         published=own.get("published", {}),
         note=own.get("note", ""),
     )
+
+
+def _with_likes(path: str, rows: dict[str, Any], name: str, above: tuple[str, ...]) -> list[str]:
+    """Rows whose changes ``name`` begins with, in order, and itself last."""
+    if name in above or name not in rows:
+        raise ValueError(f"{path}: row {above[-1]} is like {name!r}, which is no row before it")
+    likes = rows[name].get("like", [])
+    names = []
+    for like in likes if isinstance(likes, list) else [likes]:
+        names += _with_likes(path, rows, like, (*above, name))
+    return [*names, name]
 
 
 def row_names(path: str) -> list[str]:

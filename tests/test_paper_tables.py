@@ -12,6 +12,8 @@ rows:
   wide: {paper: Table 2, set: {SOLVER.BASE_LR: 0.5, INPUT.RIS.SIZE: [64, 96]}, note: ours}
   wide_and_long: {like: wide, set: {SOLVER.BASE_LR: 0.25, SOLVER.MAX_ITER: 9}}
   large: {base: large.yaml, like: wide}
+  fast: {set: {SOLVER.BASE_LR: 2.0}}
+  both: {like: [large, fast]}
 """
 
 
@@ -34,11 +36,12 @@ def test_row_changes_its_recipe(table):
     assert solver(table, "wide") == (0.5, 4, 40000, (64, 96))
     assert solver(table, "wide_and_long") == (0.25, 4, 9, (64, 96))
     assert solver(table, "large") == (0.5, 8, 40000, (64, 96))
+    assert solver(table, "both") == (2.0, 8, 40000, (64, 96))
     assert solver(table, "large", "SOLVER.BASE_LR", "2.0")[0] == 2.0
 
 
 def test_row_says_what_was_published(table):
-    assert row_names(table) == ["base", "wide", "wide_and_long", "large"]
+    assert row_names(table) == ["base", "wide", "wide_and_long", "large", "fast", "both"]
     row = read_paper_row(f"{table}:base")
     assert row.paper == "Table 1" and row.published == {"ris_refcoco_unc_val": {"oIoU": 75.0}}
     assert read_paper_row(f"{table}:wide").note == "ours"

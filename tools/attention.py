@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Show where models look, side by side on the same images, and measure it.
 
-    python tools/attention.py --model "Advanced LE" configs/ablations/vipa/t5_advanced_le.yaml le.pth \
-        --model VE configs/vipa_swin_b_refcocop.yaml ve.pth \
+    python tools/attention.py --model "Advanced LE" configs/papers/vipa.yaml:t5_advanced_le le.pth \
+        --model VE configs/papers/vipa.yaml:refcocop ve.pth \
         --dataset ris_refcoco+_unc_val --images 200 --output out [--tsne] [KEY VALUE ...]
     python tools/attention.py --model Shared-RIS configs/shared_ris_beit3_b.yaml model_best.pth \
         --image street.jpg --text "the left man" --output out
