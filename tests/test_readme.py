@@ -145,7 +145,7 @@ def test_a_reader_gets_from_data_to_masks(tmp_path):
 
 def test_the_published_recipe_runs_in_the_real_directory_tree(tmp_path):
     """The commands for RefCOCO and eight GPUs, on RefShapes laid out as RefCOCO and two CPU processes:
-    a small model, an empty MODEL.INIT and two steps are all that differs."""
+    a small model, an empty MODEL.INIT and two steps instead of epochs are all that differs."""
     shapes = {"train": 6, "val": 2, "testA": 2, "testB": 2}
     refshapes.write(str(tmp_path / "refshapes"), shapes, refshapes.Options())
     output = tmp_path / "output"
@@ -159,6 +159,7 @@ def test_the_published_recipe_runs_in_the_real_directory_tree(tmp_path):
         "MODEL.SHARED_RIS.DIM": "32",
         "DATALOADER.NUM_WORKERS": "0",
         "SOLVER.IMS_PER_BATCH": "4",
+        "SOLVER.RIS.EPOCHS": "0",
         "OUTPUT_DIR": str(output),
     }
     options = [word for pair in small.items() for word in pair]
