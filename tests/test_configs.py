@@ -1,5 +1,6 @@
-"""Every yaml in configs/ and every key of ris_d2/config.py."""
+"""Every yaml in configs/ and every key of ris_d2."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,14 @@ def leaves(cfg, path=()):
             yield from leaves(value, (*path, key))
         else:
             yield ".".join((*path, key)), value
+
+
+@pytest.mark.parametrize("method", ["asda", "deris", "risam", "shared_ris", "vipa"])
+def test_a_method_adds_its_own_node_alone(method):
+    cfg, stock = get_cfg(), dict(leaves(get_cfg()))
+    getattr(import_module(f"ris_d2.modeling.{method}.config"), f"add_{method}_config")(cfg)
+    added = {key: value for key, value in leaves(cfg) if stock.get(key) != value}
+    assert len(added) > 10 and all(key.startswith(f"MODEL.{method.upper()}.") for key in added)
 
 
 def test_every_key_is_read(tmp_path, monkeypatch):
