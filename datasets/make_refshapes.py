@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ris_d2.data.refshapes import SPLITS, Options, Scene, generate, polygon, render, write
 from ris_d2.io import atomic_write
+from ris_d2.refshapes import SPLITS, Options, Scene, generate, polygon, render, write
 
 
 def sheet(scenes: list[Scene], options: Options) -> Image.Image:

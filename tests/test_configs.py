@@ -9,8 +9,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from ris_d2 import get_ris_cfg, load_config
-from ris_d2.data import refshapes
+from ris_d2 import get_ris_cfg, load_config, refshapes
 from ris_d2.data.catalog import register_all, register_from_config
 from ris_d2.engine import Trainer
 from ris_d2.engine.schedule import with_iterations

@@ -8,8 +8,8 @@ from PIL import Image
 from torch import nn
 
 from ris_d2 import get_ris_cfg
-from ris_d2.data.refshapes import write_tokenizer
 from ris_d2.predictor import Predictor, load_rgb
+from ris_d2.refshapes import write_tokenizer
 
 
 @META_ARCH_REGISTRY.register()

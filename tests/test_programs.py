@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ris_d2.data.refshapes import write_tokenizer
+from ris_d2.refshapes import write_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ["train_net.py"] + sorted(

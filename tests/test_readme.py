@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ris_d2 import load_config
-from ris_d2.data import refshapes
+from ris_d2 import load_config, refshapes
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(

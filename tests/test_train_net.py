@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from detectron2.data import DatasetCatalog
 
-from ris_d2.data import refshapes
+from ris_d2 import refshapes
 from ris_d2.engine.preflight import check_inputs
 
 ROOT = Path(__file__).parents[1]

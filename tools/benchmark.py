@@ -64,9 +64,9 @@ from tabulate import tabulate
 from torch import nn
 
 from ris_d2.data.mapper import ReferringMapper
-from ris_d2.data.refshapes import write_tokenizer
 from ris_d2.evaluation import ReferringEvaluator
 from ris_d2.masks import rasterize
+from ris_d2.refshapes import write_tokenizer
 
 HEIGHT, WIDTH = 480, 640
 ANNOTATIONS, EXPRESSIONS = 3, 7

@@ -43,9 +43,9 @@ from tabulate import tabulate
 from torch import Tensor
 
 from ris_d2.data.mapper import ReferringMapper
-from ris_d2.data.refshapes import write_tokenizer
 from ris_d2.masks import rasterize
 from ris_d2.modeling.segmenter import ReferringSegmenter
+from ris_d2.refshapes import write_tokenizer
 
 HEIGHT, WIDTH = 480, 640
 DIAMETERS = ((20, 40), (40, 90), (90, 250))  # pixels of the image; both axes of an ellipse

@@ -51,10 +51,9 @@ import yaml
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
-from ris_d2 import load_config
+from ris_d2 import load_config, refshapes
 from ris_d2.checkpoint import RISCheckpointer, convert_state_dict, read_weights
 from ris_d2.checkpoint.converters import CONVERTERS
-from ris_d2.data import refshapes
 from ris_d2.data.classes import load_class_list
 from ris_d2.data.grefer import load_grefer
 from ris_d2.data.images import read_image

@@ -60,7 +60,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from ris_d2.data import refshapes
+from ris_d2 import refshapes
 from ris_d2.data.loader import build_test_loader
 from ris_d2.engine import claim
 from ris_d2.engine.follow import (

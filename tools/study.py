@@ -77,8 +77,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from tabulate import tabulate
 
-from ris_d2 import get_ris_cfg, load_config
-from ris_d2.data import refshapes
+from ris_d2 import get_ris_cfg, load_config, refshapes
 from ris_d2.engine.follow import (
     describe_progress,
     follow_training,

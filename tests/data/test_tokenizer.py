@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 from ris_d2 import get_ris_cfg
-from ris_d2.data.refshapes import write_tokenizer
 from ris_d2.data.tokenizer import Tokenizer, clean_text
+from ris_d2.refshapes import write_tokenizer
 
 TEXTS = ["the red man on the left", "left square", "a man left of the red square with an umbrella"]
 BERT_WORDS = (

@@ -10,7 +10,7 @@ from pathlib import Path
 import methods_in_processes as methods
 import pytest
 
-from ris_d2.data import refshapes
+from ris_d2 import refshapes
 
 SCRIPT = Path(methods.__file__)
 

@@ -10,8 +10,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from ris_d2 import load_config
-from ris_d2.data import refshapes
+from ris_d2 import load_config, refshapes
 from ris_d2.data.loader import build_test_loader, build_train_loader
 from ris_d2.engine.optimizer import build_optimizer
 from ris_d2.engine.schedule import build_lr_scheduler

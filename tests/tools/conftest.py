@@ -29,7 +29,7 @@ def load_tool():
 @pytest.fixture
 def tiny_config(tmp_path):
     """A SharedRIS small enough for tests, and the tokenizer of RefShapes, in one yaml file."""
-    from ris_d2.data.refshapes import write_tokenizer
+    from ris_d2.refshapes import write_tokenizer
 
     write_tokenizer(str(tmp_path / "tokenizer"))
     path = tmp_path / "tiny.yaml"

@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ris_d2 import load_config
-from ris_d2.data import refshapes
+from ris_d2 import load_config, refshapes
 from ris_d2.data.catalog import register_all
 from ris_d2.modeling.explanation import Explanation
 

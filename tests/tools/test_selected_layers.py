@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from ris_d2.data import refshapes
+from ris_d2 import refshapes
 from ris_d2.data.catalog import register_all
 
 

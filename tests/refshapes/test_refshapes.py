@@ -12,20 +12,13 @@ import cv2
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
-from ris_d2.data import refshapes
 from ris_d2.data.grefer import load_grefer
 from ris_d2.data.refer import load_refer
-from ris_d2.data.refshapes import (
-    FAMILIES,
-    HELDOUT,
-    SPLITS,
-    Options,
-    generate,
-    polygon,
-    render,
-    write,
-)
-from ris_d2.data.refshapes_language import (
+from ris_d2.data.tokenizer import Tokenizer
+from ris_d2.io import load_json, load_pickle
+from ris_d2.masks import rasterize
+from ris_d2.refshapes import SPLITS, Options, generate, polygon, render, write, writing
+from ris_d2.refshapes.language import (
     COLORS,
     KINDS,
     VOCABULARY,
@@ -41,9 +34,7 @@ from ris_d2.data.refshapes_language import (
     Unclear,
     evaluate,
 )
-from ris_d2.data.tokenizer import Tokenizer
-from ris_d2.io import load_json, load_pickle
-from ris_d2.masks import rasterize
+from ris_d2.refshapes.scenes import FAMILIES, HELDOUT
 
 QUICKSTART = Options(max_shapes=5, kinds=4)
 HARD = Options(colors=8, min_shapes=5, max_shapes=9)
@@ -464,7 +455,7 @@ def test_rewriting(tmp_path, monkeypatch):
         write(str(root), {"train": 2}, QUICKSTART)
 
     # A failure in the middle leaves the old set whole and nothing beside it.
-    monkeypatch.setattr(refshapes, "references", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(writing, "references", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write(str(root), {"train": 2}, QUICKSTART, overwrite=True)
     monkeypatch.undo()
