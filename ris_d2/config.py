@@ -23,6 +23,12 @@ from .modeling.vipa.config import add_vipa_config
 from .paper_tables import is_paper_row, read_paper_row
 from .yaml_files import read_config_files
 
+# Former keys of configs that users have written -> what to suggest.
+_RENAMED = {
+    "MODEL.RIS.SIGMOID_FIRST": ["MODEL.RIS.MASK_ORDER"],
+    "MODEL.RIS.THRESHOLD_FIRST": ["MODEL.RIS.MASK_ORDER"],
+}
+
 
 def get_ris_cfg() -> CN:
     """Return detectron2's defaults plus every ris_d2 key; MODEL.DEVICE is "cpu" where CUDA is absent."""
@@ -95,7 +101,7 @@ def _check_keys(
         name = f"{path}{key}"
         if key not in node and not node.is_new_allowed():
             known = list(_names(cfg))
-            near = [other for other in known if other.split(".")[-1] == key][:3]
+            near = _RENAMED.get(name, [other for other in known if other.split(".")[-1] == key][:3])
             near = near or difflib.get_close_matches(name, known, 1, 0.8)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ValueError(f"{origin}: unknown key {name}{hint}")
@@ -218,11 +224,9 @@ def _add_model_keys(cfg: CN) -> None:
     cfg.MODEL.RIS.EXISTENCE_WEIGHT = 1.0  # loss weight of the existence head (NO_TARGET "head")
     cfg.MODEL.RIS.EXISTENCE_THRESHOLD = 0.5  # below this existence probability: no target
     cfg.MODEL.RIS.MASK_THRESHOLD = 0.5  # a pixel is foreground if its probability exceeds this
-    # Order from logits to the mask at output size. SIGMOID_FIRST: resize probabilities instead of
-    # logits. THRESHOLD_FIRST: binarise at the model's resolution and resize the binary mask
-    # (nearest).
-    cfg.MODEL.RIS.SIGMOID_FIRST = True
-    cfg.MODEL.RIS.THRESHOLD_FIRST = False
+    # What is resized from the model's resolution to the output's. probabilities: sigmoid, resize,
+    # threshold. logits: resize, sigmoid, threshold. binary: sigmoid, threshold, resize (nearest).
+    cfg.MODEL.RIS.MASK_ORDER = "probabilities"
     # Training targets at the size of a smaller prediction. area: the share of each cell that is on
     # target, aligned with the prediction's enlargement. nearest: the cell's upper left pixel, as in
     # the public code of ASDA (and of CRIS); what is learned lies up to half a cell right and down.

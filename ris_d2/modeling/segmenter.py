@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from .explanation import Explanation
 from .layers import ExistenceHead, resize_maps
 from .losses import mean_over_processes
+from .postprocessing import MASK_ORDERS, NO_TARGET_RULES, restore_masks, says_nothing
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_NO_TARGET = ("none", "area", "head")
 _TARGET_RESIZING = ("area", "nearest")
 
 
@@ -55,8 +55,7 @@ class ReferringSegmenter(nn.Module):
         existence_threshold: float = 0.5,
         min_area: int = 50,
         mask_threshold: float = 0.5,
-        sigmoid_first: bool = True,
-        threshold_first: bool = False,
+        mask_order: str = "probabilities",
         target_resizing: str = "area",
         max_expressions: int = 32,
         to_be_applied: Sequence[str] = (),
@@ -71,6 +70,7 @@ class ReferringSegmenter(nn.Module):
             no_target: none, area or head; see MODEL.RIS.NO_TARGET.
             sentence_dim: channels of ``outputs["sentence"]``; with no_target "head" the base builds an
                 ExistenceHead on it. None for methods that decide themselves.
+            mask_order: probabilities, logits or binary; see MODEL.RIS.MASK_ORDER.
             target_resizing: area or nearest, how ``shrink_targets`` makes training targets.
             max_expressions: expressions segmented at once in evaluation.
             to_be_applied: groups of config keys that say how to train the model, but that others must
@@ -78,17 +78,17 @@ class ReferringSegmenter(nn.Module):
                 (``build_optimizer``). A training without them is warned of.
 
         Raises:
-            ValueError: for an unknown precision, no_target or target_resizing.
+            ValueError: for an unknown precision, no_target, mask_order or target_resizing.
         """
         super().__init__()
-        if precision not in _DTYPES:
-            raise ValueError(f"MODEL.RIS.PRECISION is {precision!r}, not one of {list(_DTYPES)}")
-        if no_target not in _NO_TARGET:
-            raise ValueError(f"MODEL.RIS.NO_TARGET is {no_target!r}, not one of {_NO_TARGET}")
-        if target_resizing not in _TARGET_RESIZING:
-            raise ValueError(
-                f"MODEL.RIS.TARGET_RESIZING is {target_resizing!r}, not one of {_TARGET_RESIZING}"
-            )
+        for key, value, known in (
+            ("PRECISION", precision, tuple(_DTYPES)),
+            ("NO_TARGET", no_target, NO_TARGET_RULES),
+            ("MASK_ORDER", mask_order, MASK_ORDERS),
+            ("TARGET_RESIZING", target_resizing, _TARGET_RESIZING),
+        ):
+            if value not in known:
+                raise ValueError(f"MODEL.RIS.{key} is {value!r}, not one of {known}")
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self.input_size = tuple(input_size)
@@ -101,8 +101,7 @@ class ReferringSegmenter(nn.Module):
         self.existence_threshold = existence_threshold
         self.min_area = min_area
         self.mask_threshold = mask_threshold
-        self.sigmoid_first = sigmoid_first
-        self.threshold_first = threshold_first
+        self.mask_order = mask_order
         self.target_resizing = target_resizing
         self.max_expressions = max_expressions
         self.to_be_applied = set(to_be_applied)
@@ -123,8 +122,7 @@ class ReferringSegmenter(nn.Module):
             "existence_threshold": ris.EXISTENCE_THRESHOLD,
             "min_area": cfg.TEST.NO_TARGET_MIN_AREA,
             "mask_threshold": ris.MASK_THRESHOLD,
-            "sigmoid_first": ris.SIGMOID_FIRST,
-            "threshold_first": ris.THRESHOLD_FIRST,
+            "mask_order": ris.MASK_ORDER,
             "target_resizing": ris.TARGET_RESIZING,
             "max_expressions": cfg.TEST.MAX_EXPRESSIONS,
         }
@@ -216,7 +214,7 @@ class ReferringSegmenter(nn.Module):
             absent = scores < self.existence_threshold
         else:
             scores = logits.flatten(1).max(1).values.sigmoid()
-        return self._restore(logits, inputs), scores, absent, [None] * len(scores)
+        return self.restore(logits, inputs), scores, absent, [None] * len(scores)
 
     def explain(
         self, features: Any, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
@@ -349,10 +347,7 @@ class ReferringSegmenter(nn.Module):
         # Expressions of one image share its geometry and are restored together.
         for group in _runs([id(x) for x, _ in owners]):
             masks, scores, absent, instances = self.predict(outputs, group, owners[group.start][0])
-            if self.no_target == "area":
-                absent = masks.flatten(1).sum(1) < self.min_area
-            elif self.no_target == "none" or absent is None:
-                absent = masks.new_zeros(len(masks))
+            absent = says_nothing(masks, absent, rule=self.no_target, min_area=self.min_area)
             masks &= ~absent[:, None, None]
             results.extend(
                 {
@@ -377,19 +372,16 @@ class ReferringSegmenter(nn.Module):
         """Masks bool (E, H, W) at the input size -> targets float (E, h, w) in [0, 1] at ``size``."""
         return resize_maps(masks, size, self.target_resizing)
 
-    def _restore(self, logits: Tensor, inputs: dict) -> Tensor:
+    def restore(self, logits: Tensor, inputs: dict) -> Tensor:
         """Mask logits (E, h, w) of one image -> bool (E, height, width)."""
-        maps = logits.sigmoid() if self.sigmoid_first or self.threshold_first else logits
-        mode = "bilinear"
-        if self.threshold_first:
-            maps, mode = (maps > self.mask_threshold).float(), "nearest"
-        x0, y0, x1, y1 = (round(v) for v in inputs["content_box"])
-        if (x0, y0, x1, y1) != (0, 0, self.input_size[1], self.input_size[0]):
-            maps = resize_maps(maps, self.input_size, mode)[..., y0:y1, x0:x1]
-        maps = resize_maps(maps, (inputs["height"], inputs["width"]), mode)
-        if self.threshold_first:
-            return maps > 0.5
-        return (maps if self.sigmoid_first else maps.sigmoid()) > self.mask_threshold
+        return restore_masks(
+            logits,
+            input_size=self.input_size,
+            content_box=inputs["content_box"],
+            output_size=(inputs["height"], inputs["width"]),
+            order=self.mask_order,
+            threshold=self.mask_threshold,
+        )
 
     def _collate_images(self, batched_inputs: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
         height, width = self.input_size

@@ -89,19 +89,15 @@ def test_orders_of_sigmoid_and_threshold(make_inputs):
     inputs = make_inputs(1, size=(1, 2))
     inputs.update(input_ids=torch.zeros(1, 8, dtype=torch.int64), height=1, width=4)
     masks = {}
-    for sigmoid_first, threshold_first in ((True, False), (False, False), (True, True)):
-        model = Probe(
-            logits,
-            input_size=(1, 2),
-            mask_threshold=0.64,
-            sigmoid_first=sigmoid_first,
-            threshold_first=threshold_first,
-        )
+    for order in ("probabilities", "logits", "binary"):
+        model = Probe(logits, input_size=(1, 2), mask_threshold=0.64, mask_order=order)
         mask = results(model, [inputs])[0]["referring"][0]["mask"]
-        masks[sigmoid_first, threshold_first] = mask[0].tolist()
-    assert masks[True, False] == [True, True, False, False]
-    assert masks[False, False] == [True, False, False, False]
-    assert masks[True, True] == [True, True, False, False]
+        masks[order] = mask[0].tolist()
+    assert masks["probabilities"] == [True, True, False, False]
+    assert masks["logits"] == [True, False, False, False]
+    assert masks["binary"] == [True, True, False, False]
+    with pytest.raises(ValueError, match="MODEL.RIS.MASK_ORDER is 'first', not one of"):
+        Probe(mask_order="first")
 
 
 def test_who_says_nothing(make_inputs):

@@ -169,4 +169,4 @@ class DeRIS(ReferringSegmenter):
         maps = F.interpolate(
             logits[None].float(), size=self.input_size, mode="bilinear", align_corners=True
         )
-        return self._restore(maps[0], inputs)
+        return self.restore(maps[0], inputs)
