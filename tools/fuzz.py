@@ -44,6 +44,25 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+from _program import Parser, run
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--reader", nargs="+", metavar="NAME", help="default: all")
+    parser.add_argument("--cases", type=int, default=1000, help="of each reader (1000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=10, help="that one case may take (10)")
+    parser.add_argument("--case", type=int, help="repeat this one case of one reader")
+    args = parser.parse_args(arguments)
+    if args.case is not None and len(args.reader or ()) != 1:
+        parser.error("--case belongs to one --reader")
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # --help and mistakes are answered before the imports below, which take seconds
+
 import cv2
 import numpy as np
 import torch
@@ -897,24 +916,16 @@ def repeat(name: str, seed: int, case: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--reader", nargs="+", choices=READERS, default=list(READERS), metavar="NAME",
-        help=f"some of {', '.join(READERS)}; default: all",
-    )  # fmt: skip
-    parser.add_argument("--cases", type=int, default=1000, help="of each reader (1000)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=10, help="that one case may take (10)")
-    parser.add_argument("--case", type=int, help="repeat this one case of one reader")
-    args = parser.parse_args(arguments)
+    args = parse(arguments)
+    unknown = [name for name in args.reader or () if name not in READERS]
+    if unknown:
+        raise ValueError(f"--reader {unknown[0]}: not one of {', '.join(READERS)}")
     if args.case is not None:
-        if len(args.reader) != 1:
-            parser.error("--case belongs to one --reader")
         repeat(args.reader[0], args.seed, args.case)
         return 0
     failures = []
     print(_row("reader", *OUTCOMES, "seconds"), flush=True)
-    for name in args.reader:
+    for name in args.reader or READERS:
         begin = time.perf_counter()
         results = fuzz(name, args.cases, args.seed, args.seconds)
         counts = Counter(outcome for outcome, _ in results)
@@ -934,4 +945,4 @@ def _row(name: str, *cells: object) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
+sys.path.append(str(REPOSITORY / "tools"))  # as Python has it for a script's own folder
 
 
 @pytest.fixture(scope="session")
 def load_tool():
     """``load_tool("demo")`` returns tools/demo.py as a module."""
-
-    sys.path.append(str(REPOSITORY / "tools"))  # as Python has it for a script's own folder
 
     def load(name):
         path = (REPOSITORY / "tools" / f"{name}.py").resolve()
