@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ris_d2 import load_config, refshapes
+from ris_d2 import get_ris_cfg, load_config, refshapes
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -177,3 +177,17 @@ def test_the_published_recipe_runs_in_the_real_directory_tree(tmp_path):
     weights = ["MODEL.WEIGHTS", str(output / "model_final.pth")]
     run(evaluate[: evaluate.index("MODEL.WEIGHTS")] + weights, tmp_path / "refshapes", *options)
     assert [(folder / "results.json").read_text() for folder in results] == before
+
+
+def test_pages_name_keys_that_exist():
+    cfg = get_ris_cfg()
+    for page in PAGES:
+        if page.name == "CHANGELOG.md":  # which names former keys, too
+            continue
+        text = page.read_text()
+        names = re.findall(r"\b(?:MODEL|INPUT|SOLVER|TEST|DATASETS)(?:\.[A-Z][A-Z0-9_]*)+", text)
+        for name in names:
+            node = cfg
+            for part in name.split(".")[:-1]:
+                node = node[part]
+            assert name.split(".")[-1] in node, f"{page.name}: {name}"
