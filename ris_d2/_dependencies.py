@@ -1,6 +1,7 @@
 """Says how to get the two dependencies that setup.py cannot name, where one is missing.
 
-Imported first by the package, so that nobody meets a bare "No module named detectron2".
+Imported first by the package, so that a missing detectron2 is explained, beyond "No module named
+detectron2".
 """
 
 import importlib

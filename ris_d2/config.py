@@ -217,9 +217,9 @@ def _add_model_keys(cfg: CN) -> None:
     # Parts without gradient, {part: eval | train}: the mode says whether dropout, DropPath and
     # BatchNorm behave as in evaluation or as in training. none: a _BASE_ freezes it, this does not.
     cfg.MODEL.RIS.FREEZE = CN(new_allowed=True)
-    # Who says "nothing": none (published RIS: nobody), area (fewer than TEST.NO_TARGET_MIN_AREA
-    # foreground pixels), head (the method's own decision, or our small existence head where it has
-    # none).
+    # How a model decides that nothing fits. none: it never does (published RIS). area: fewer than
+    # TEST.NO_TARGET_MIN_AREA foreground pixels. head: the method's own decision, or our small
+    # existence head where it has none.
     cfg.MODEL.RIS.NO_TARGET = "none"
     cfg.MODEL.RIS.EXISTENCE_WEIGHT = 1.0  # loss weight of the existence head (NO_TARGET "head")
     cfg.MODEL.RIS.EXISTENCE_THRESHOLD = 0.5  # below this existence probability: no target

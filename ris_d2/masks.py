@@ -174,7 +174,7 @@ def resize_nearest(
 
     Args:
         mask: bool or uint8 (H,W).
-        sample: the point of a new pixel whose place decides: "corner", the upper left, as
+        sample: the point of a new pixel at which the mask is read: "corner", the upper left, as
             cv2.INTER_NEAREST does; "center", as PIL and cv2.INTER_NEAREST_EXACT do.
 
     Returns:

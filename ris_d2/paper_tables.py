@@ -68,7 +68,7 @@ def read_paper_row(config_file: str) -> PaperRow:
 
 
 def _with_likes(path: str, rows: dict[str, Any], name: str, above: tuple[str, ...]) -> list[str]:
-    """Rows whose changes ``name`` begins with, in order, and itself last."""
+    """Names of the rows that ``name`` is like, in the order of their changes, then ``name``."""
     if name in above or name not in rows:
         raise ValueError(f"{path}: row {above[-1]} is like {name!r}, which is no row before it")
     likes = rows[name].get("like", [])

@@ -385,7 +385,7 @@ def _draw_word(
     color: tuple[int, int, int],
     font: ImageFont.FreeTypeFont,
 ) -> None:
-    """Fill a picture's place with a tinted box that says ``word``."""
+    """Draw a tinted box with ``word`` in it where a picture is missing."""
     draw = ImageDraw.Draw(sheet)
     right, bottom = corner[0] + size[0] - 1, corner[1] + size[1] - 1
     tint = tuple(round(0.08 * c + 0.92 * 255) for c in color)

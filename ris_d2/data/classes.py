@@ -11,9 +11,9 @@ from .records import field
 logger = logging.getLogger(__name__)
 
 GROUPS = ("seen", "unseen")
-# The 48 seen and 17 unseen COCO classes of open-vocabulary detection, less COCO's 15 others. That
-# CGFormer, whose setting VIPA's Table IV takes over, means these is our inference: it publishes no
-# list, only the numbers below.
+# The 48 seen and 17 unseen COCO classes of open-vocabulary detection; COCO's other 15 are in neither.
+# VIPA's Table IV takes its setting from CGFormer, which publishes no list of classes, only the numbers
+# below. That it means these classes is our inference.
 COCO_48_17 = os.path.join(os.path.dirname(__file__), "coco_48_17.json")
 
 # Referents of each group according to CGFormer (utils/dataset_open.py). Its RefCOCO and RefCOCO+

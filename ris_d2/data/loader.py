@@ -229,7 +229,8 @@ def shard(counts: Sequence[int], *, rank: int, world_size: int) -> range:
         Image indices; the ranges of all ranks in order are all the images in order.
     """
     counts = np.asarray(counts)
-    # An image belongs to the process in whose share of all expressions its middle lies.
+    # Each process takes an equal stretch of all expressions; an image goes where the middle one of its
+    # own expressions lies.
     middles = np.cumsum(counts) - counts / 2
     edges = counts.sum() * np.array([rank, rank + 1]) / world_size
     first, end = np.searchsorted(middles, edges)

@@ -1,4 +1,4 @@
-"""Training units: what one draw of training data is, and which draw gets what, for ever.
+"""Training units: what one draw of training data is, and which unit each draw is.
 
 Nothing random is carried over from one draw to the next: draws have global numbers, and whatever is
 random about a draw (the order of its epoch, the sentences, flips, augmentation) is a function of
@@ -28,7 +28,7 @@ class Units(Sequence):
     """
 
     def __init__(self, units: Sequence[Unit], *, max_expressions: int):
-        """``max_expressions``: sentences per draw; the others of a unit wait for another draw."""
+        """``max_expressions``: at most so many sentences of a unit are in one draw."""
         self.max_expressions = max_expressions
         self._records = np.array([unit.record for unit in units], np.int64)
         self._ends = np.cumsum([len(unit.expressions) for unit in units], dtype=np.int64)

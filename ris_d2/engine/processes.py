@@ -100,7 +100,7 @@ def claim(folder: str, *, patience: float = 5.0) -> Iterator[None]:
 
 
 def _lock(file: IO) -> bool:
-    """Whether this process has the lock now, or nobody can have it."""
+    """False if another process has the lock; True if this one has it now, or files cannot be locked."""
     if fcntl is None:
         return True
     try:

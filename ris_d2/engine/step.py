@@ -1,4 +1,4 @@
-"""What one iteration is: one optimizer step over one or several micro-batches."""
+"""One training iteration: one optimizer step over one or several micro-batches."""
 
 import contextlib
 import math

@@ -222,7 +222,7 @@ class Trainer(DefaultTrainer):
 
 @contextlib.contextmanager
 def _ddp_without_gpu() -> Iterator[None]:
-    """Within, detectron2 can distribute a model on the CPU, too; by itself it names a GPU."""
+    """While this context is open, detectron2 also distributes models on the CPU (otherwise GPUs only)."""
     stock = defaults.create_ddp_model
 
     def create_ddp_model(model: nn.Module, **kwargs: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Where gIoU is lost: for want of a mask (perception), or by choosing wrongly (cognition)."""
+"""Where gIoU is lost: no good mask was predicted (perception), or the wrong one chosen (cognition)."""
 
 import itertools
 import json

@@ -83,7 +83,7 @@ def score_predictions(
 
 
 def _assign(records: list[dict], path: str | os.PathLike) -> dict[int, dict[int, dict]]:
-    """{record index: {line number: line}}: whose expressions the lines of the file score."""
+    """{record index: {line number: line}}: the lines of the file, by the record of their expression."""
     places = defaultdict(list)
     for index, record in enumerate(records):
         for expression in record["expressions"]:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """Of E expressions, all float tensors; ``tools/attention.py`` draws whatever is there.
+    """What explains the masks of E expressions, float tensors; ``tools/attention.py`` draws those given.
 
     Attributes:
         maps: name -> (E, h, w), where in the model's input each expression looks, or (E, L, h, w), the

@@ -94,7 +94,7 @@ class RISCLIPViT(Backbone):
         self.transformer.embeddings = PatchEmbedding(
             dim=dim, patch_size=patch_size, grid=self.grid, stem=stem
         )
-        self.transformer.post_layernorm = nn.Identity()  # of [CLS], which nobody reads
+        self.transformer.post_layernorm = nn.Identity()  # of [CLS] alone, which is not used
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""DeRIS' cognition branch: which of the queries does the sentence speak of?"""
+"""DeRIS' cognition branch: which queries does the sentence refer to?"""
 
 from typing import Any
 

@@ -16,14 +16,15 @@ def add_deris_config(cfg: CN) -> None:
     cfg.MODEL.DERIS.PIXEL_DECODER_LAYERS = 6  # deformable encoder layers
     cfg.MODEL.DERIS.PIXEL_DECODER_FFN_DIM = 1024
     cfg.MODEL.DERIS.ROUNDS = 3  # N_r, perception layers
-    # Who hands queries to whom. loopback: a cognition layer after each perception layer and before
-    # the first. Ours, for want of released code: p_to_c (all perception layers, then one cognition
-    # layer), c_to_p (one cognition layer on the initial queries, then all perception layers),
-    # hierarchical (p_to_c with f_v added at each level of the pixel decoder).
+    # Order of perception and cognition layers, which hand the queries on. loopback: a cognition layer
+    # before the first perception layer and after each. Ours, for want of released code: p_to_c (all
+    # perception layers, then one cognition layer), c_to_p (one cognition layer on the initial queries,
+    # then all perception layers), hierarchical (p_to_c with f_v added at each level of the pixel
+    # decoder).
     cfg.MODEL.DERIS.QUERY_FLOW = "loopback"
     # f_v in f_m = Conv(Concat(f_h4, f_v)); False: f_h4 alone
     cfg.MODEL.DERIS.VISUAL_FEATURES = True
-    # Whom an instance attends in a cognition layer. queries: the other queries of its expression, told
+    # What an instance attends in a cognition layer. queries: the other queries of its expression, told
     # apart by mask priors, as the paper says. released: for released weights. By swapped axes, the
     # released code lets query n attend query n of the other expressions in the batch: of 16 in
     # training and in the published evaluation on RefCOCO, of one, itself, in that on gRefCOCO. Here

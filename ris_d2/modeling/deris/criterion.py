@@ -147,7 +147,7 @@ class DeRISCriterion(nn.Module):
         return losses
 
     def counts(self, targets: Sequence[Tensor], num_queries: int) -> dict[str, float]:
-        """Normalisers of the losses whose names start so; existence is a mean over expressions.
+        """What losses are divided by, by the start of their names; existence is a mean.
 
         Args:
             targets: as ``forward``.

@@ -39,7 +39,7 @@ class ImageFeatures:
 
 
 class MaskFeatures:
-    """f_m = Conv(Concat(f_h4, f_v)) of E expressions, which is built nowhere.
+    """f_m = Conv(Concat(f_h4, f_v)) of E expressions, never computed as one tensor.
 
     A 1x1 convolution of a concatenation is a sum, and upsampling and the products that f_m is used in
     are linear: the share of f_h4 stays one map per image, and that of f_v as small as it comes.
@@ -186,7 +186,8 @@ class PerceptionBranch(nn.Module):
         self.visual_proj = None
         if reads_visual:
             self.visual_proj = nn.Conv2d(dim, dim, 1, bias=False)
-            # The two are one convolution of 2 C channels, whose start is narrower by sqrt(2).
+            # Together they are one convolution that reads 2 C channels; its weights would be initialised
+            # smaller by sqrt(2).
             with torch.no_grad():
                 for parameter in (*self.mask_proj.parameters(), *self.visual_proj.parameters()):
                     parameter.mul_(0.5**0.5)

@@ -60,7 +60,7 @@ class SharedRIS(ReferringSegmenter):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         shared = cfg.MODEL.SHARED_RIS
-        # h_j is the residual stream (Eq. 4 and 5): the encoder's last LayerNorm has no reader.
+        # h_j is the output of layer j as it is (Eq. 4 and 5): the encoder's last LayerNorm is not used.
         build = backbone_class(cfg, RISBEiT3)
         encoder = build(**build.from_config(cfg), final_norm=False)
         if shared.LOSS_RESOLUTION not in ("mask", "input"):

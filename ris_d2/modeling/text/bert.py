@@ -87,7 +87,7 @@ class BertStack(nn.Module):
 
 @TEXT_ENCODER_REGISTRY.register()
 class RISBert(BertStack):
-    """Embeddings and layers; no pooler, which segmentation has no use for."""
+    """Embeddings and layers, without the pooler: segmentation does not use it."""
 
     @configurable
     def __init__(self, *, vocab_size: int = 30522, dropout: float = 0.1, **stack):

@@ -118,7 +118,7 @@ class RISCLIPText(nn.Module):
 
 
 def _init_scratch(module: nn.Module) -> None:
-    """Wider than CLIP's, whose words (0.02) drown in what the first layer adds to them."""
+    """Xavier; with CLIP's 0.02 the words would be small against what the first layer adds to them."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

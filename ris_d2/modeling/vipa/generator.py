@@ -1,4 +1,4 @@
-"""What the decoder attends: the visual expression (Sec. III B), or language in the baselines."""
+"""Keys and values of the decoder: the visual expression (Sec. III B), or language in the baselines."""
 
 import math
 from collections.abc import Sequence
