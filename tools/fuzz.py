@@ -470,7 +470,8 @@ def _draw(records: Sequence[dict]) -> None:
 
 
 def _sentences(refs: list) -> int:
-    return sum(len(ref["sentences"]) for ref in refs if ref["split"] == "train")
+    # Null or 0 for a list is a ref without sentences, and counted as such.
+    return sum(len(ref["sentences"] or ()) for ref in refs if ref["split"] == "train")
 
 
 def _refs_reader(load: Callable, files: Callable, refs: str) -> Reader:
@@ -908,9 +909,10 @@ def repeat(name: str, seed: int, case: int) -> None:
     folder = tempfile.mkdtemp(prefix=f"fuzz_{name}_{case}_")
     os.chdir(folder)
     bench = Bench(name, seed)
-    print(f"{folder}: {bench.damage(case)} is changed")
+    file_name = bench.damage(case)
+    print(f"{folder}: {file_name} is changed")
     try:
-        bench.reader.read(bench.damage(case))
+        bench.reader.read(file_name)
     except BaseException:
         traceback.print_exc()
 
