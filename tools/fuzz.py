@@ -52,7 +52,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reader", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--cases", type=int, default=1000, help="of each reader (1000)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=10, help="that one case may take (10)")
+    parser.add_argument("--seconds", type=float, default=60, help="that one case may take (60)")
     parser.add_argument("--case", type=int, help="repeat this one case of one reader")
     args = parser.parse_args(arguments)
     if args.case is not None and len(args.reader or ()) != 1:
@@ -848,8 +848,9 @@ class Bench:
             file.write(data)
 
 
-def _work(name: str, seed: int, cases: Sequence[int], folder: str, pipe: Any) -> None:
-    """In the worker: send "" when ready, then (outcome, message) of each case."""
+def _work(name: str, seed: int, cases: Sequence[int], folder: str, pipe: Any, other: Any) -> None:
+    """In the worker: send None when ready, then (outcome, message) of each case."""
+    other.close()  # so that sending fails, and this ends, when nobody receives any more
     os.chdir(folder)
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
@@ -879,7 +880,9 @@ def fuzz(name: str, cases: int, seed: int, seconds: float) -> list[tuple[str, st
         receiver, sender = context.Pipe(duplex=False)
         with tempfile.TemporaryDirectory(prefix=f"fuzz_{name}_") as folder:
             todo = range(len(results), cases)
-            worker = context.Process(target=_work, args=(name, seed, todo, folder, sender))
+            worker = context.Process(
+                target=_work, args=(name, seed, todo, folder, sender, receiver)
+            )
             worker.start()
             sender.close()
             ready = False

@@ -78,7 +78,8 @@ def score_predictions(
             }
             for number, line in lines[index].items()
         ]
-        evaluator.process([unit], [{"referring": results}])
+        with reading(path):  # an expression without a line is the file's fault
+            evaluator.process([unit], [{"referring": results}])
     return evaluator.evaluate()
 
 

@@ -201,7 +201,7 @@ def test_an_expression_id_of_several_images_needs_the_image(dataset, tmp_path):
             json.dumps(line(2, box(0, 0, 1, 1, (30, 20)))),
             r"line 2: the RLE is of size \[30, 20\]",
         ),
-        ("", r"images/1.jpg \(id 1\): expression 2 has no result"),
+        ("", r"masks.jsonl: .*images/1.jpg \(id 1\): expression 2 has no result"),
     ],
 )
 def test_bad_files_are_named(dataset, tmp_path, second, message):

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -142,3 +143,22 @@ def test_status_and_repetition(fuzz, monkeypatch, capfd, tmp_path):
     case = out.partition("--case ")[2].partition(":")[0]
     assert fuzz.main(["--reader", "toy", "--case", case]) == 0
     assert "something is wrong" in capfd.readouterr().err
+
+
+def test_the_worker_ends_with_its_parent(fuzz):
+    context = multiprocessing.get_context("fork")
+    parent = context.Process(target=fuzz.fuzz, args=("classes", 10**6, 0, 10))
+    parent.start()
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    wait_until(lambda: children.read_text().strip())
+    worker = Path("/proc", children.read_text().strip())
+    parent.kill()
+    parent.join()
+    wait_until(lambda: not worker.exists() or "State:\tZ" in (worker / "status").read_text())
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
