@@ -37,7 +37,7 @@ setup(
     extras_require={
         "opencv": ["opencv-python-headless"],
         "beit3": ["sentencepiece"],  # reads beit3.spm; a tokenizer.json does without
-        "analysis": ["scikit-learn"],  # t-SNE of tools/attention.py
+        "analysis": ["scikit-learn"],  # t-SNE of tools/attention/main.py
         "dev": ["pytest"],
     },
 )

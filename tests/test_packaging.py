@@ -41,7 +41,13 @@ def third_party_imports(path):
 
     Comparisons import public code inside of functions, from the checkouts that they are given.
     """
-    own = {"ris_d2", "setuptools", "_program", *(other.stem for other in path.parent.glob("*.py"))}
+    own = {
+        "ris_d2",
+        "setuptools",
+        "_program",
+        path.parent.name,
+        *(other.stem for other in path.parent.glob("*.py")),
+    }
     tree = ast.parse(path.read_text())
     for node in tree.body if path.parent.name == "compare" else ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -138,7 +138,7 @@ def test_a_reader_gets_from_data_to_masks(tmp_path):
     assert "target / image" in run([*errors[:2], str(results / "per_expression.jsonl")], tmp_path)
 
     place["output/attention"] = str(tmp_path / "attention")
-    attention = [place.get(word, word) for word in find("tools/attention.py")]
+    attention = [place.get(word, word) for word in find("tools/attention/main.py")]
     run(attention, tmp_path, "--images", "2", "--draw", "1")
     assert (tmp_path / "attention" / "maps.png").is_file()
 

@@ -57,7 +57,7 @@ PROGRAMS = [  # all that read a configuration or a study
     ("tools/demo.py", [*CONFIG, "--image", "x.png", "--text", "x", *OUT]),
     ("tools/selected_layers.py", [*CONFIG, "--dataset", "ris_refcoco_unc_val", *OUT]),
     ("tools/quickstart.py", [*CONFIG, *OUT]),
-    ("tools/attention.py", ["--model", "A", "{config}", "w.pth", "--dataset", "ris_x", *OUT]),
+    ("tools/attention/main.py", ["--model", "A", "{config}", "w.pth", "--dataset", "ris_x", *OUT]),
     ("tools/study.py", ["{config}", *OUT]),
     ("tools/study.py", ["{study}", *OUT]),
 ]

@@ -11,7 +11,6 @@ from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from .explanation import Explanation
 from .layers import ExistenceHead, resize_maps
 from .losses import mean_over_processes
 from .postprocessing import MASK_ORDERS, NO_TARGET_RULES, restore_masks, says_nothing
@@ -216,15 +215,6 @@ class ReferringSegmenter(nn.Module):
             scores = logits.flatten(1).max(1).values.sigmoid()
         return self.restore(logits, inputs), scores, absent, [None] * len(scores)
 
-    def explain(
-        self, features: Any, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
-    ) -> Explanation:
-        """Say where E expressions look; arguments as ``segment``. Optional.
-
-        A method runs ``segment`` under ``AttentionRecorder`` and picks what its paper shows.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no attention maps to show")
-
     # detectron2's contract.
 
     @property
@@ -260,30 +250,6 @@ class ReferringSegmenter(nn.Module):
                 " and ".join(sorted(self.to_be_applied)),
             )
             self.to_be_applied.clear()  # said once
-
-    @torch.no_grad()
-    def explanations(self, batched_inputs: list[dict]) -> list[Explanation]:
-        """Attention maps for people and analyses, of a model in evaluation mode.
-
-        Args:
-            batched_inputs: as in evaluation.
-
-        Returns:
-            per unit, the ``Explanation`` of its expressions, on the CPU.
-        """
-        image_index, input_ids, text_mask = self._collate_text(batched_inputs)
-        parts = []
-        with self._autocast():
-            features = self.encode_images(*self._collate_images(batched_inputs))
-            for start in range(0, len(input_ids), self.max_expressions):
-                part = slice(start, start + self.max_expressions)
-                explained = self.explain(
-                    features, image_index[part], input_ids[part], text_mask[part]
-                )
-                parts.append(explained.apply(lambda x: x.float().cpu()))
-        whole = Explanation.concatenate(parts)
-        rows = [image_index.cpu() == i for i in range(len(batched_inputs))]
-        return [whole.apply(lambda x, own=own: x[own]) for own in rows]
 
     def train(self, mode: bool = True) -> "ReferringSegmenter":
         super().train(mode)

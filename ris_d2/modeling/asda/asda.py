@@ -9,7 +9,6 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from ..backbone import RISCLIPViT, backbone_class
-from ..explanation import Explanation
 from ..losses import mask_dice, mask_focal
 from ..segmenter import ReferringSegmenter
 from ..text import RISCLIPText, build_text_encoder
@@ -241,23 +240,6 @@ class ASDA(ReferringSegmenter):
             features = self.encode_images(*self._collate_images(batched_inputs))
             *_, selected = self._read_and_select(features, image_index, input_ids, text_mask)
         return {name: level.layers.cpu() for name, level in selected.items()}
-
-    def explain(
-        self,
-        features: ImageFeatures,
-        image_index: Tensor,
-        input_ids: Tensor,
-        text_mask: Tensor,
-    ) -> Explanation:
-        """Fig. 4: coarse and fine features, as each pixel's distance from the mean pixel."""
-        outputs = self.segment(features, image_index, input_ids, text_mask)
-        maps = {name: outputs[name] for name in ("coarse", "fine") if name in outputs}
-        return Explanation(
-            maps={
-                name: (x - x.mean((2, 3), keepdim=True)).float().norm(dim=1)
-                for name, x in maps.items()
-            }
-        )
 
     def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
         logits = outputs["mask_logits"]

@@ -8,15 +8,13 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..explanation import AttentionRecorder, Explanation
 from ..losses import mask_dice, mask_focal
 from ..segmenter import ReferringSegmenter
 from ..text import build_text_encoder
 from .decoder import MutualAwareMaskDecoder
 from .feature_enhancement import build_feature_enhancement
-from .fusion import TransformerEncoder, build_fusion
+from .fusion import build_fusion
 from .mutual_aware_attention import MutualFeatures
 from .sam_decoder import SAMMaskDecoder
 
@@ -158,36 +156,12 @@ class RISAM(ReferringSegmenter):
     def segment(
         self, features: Tensor, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
     ) -> dict[str, Tensor]:
-        fused, seen = self._fuse(features, image_index, input_ids, text_mask)
+        fused, seen = self.fuse(features, image_index, input_ids, text_mask)
         logits, evidence = self.decoder(fused, seen, self.grid)
         outputs = {"mask_logits": logits}
         if evidence is not None:
             outputs["sentence"] = evidence
         return outputs
-
-    def explain(
-        self, features: Tensor, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
-    ) -> Explanation:
-        """Fig. 7, of the last block: the words' weights at each region, and the regions' of each word.
-
-        Of MODEL.RISAM.FUSION te they are those of the last layer, mean over heads, which shares them out
-        among regions and words together; conv and none have no attention between the two, and no maps.
-        """
-        names = []
-        if isinstance(self.fusion, TransformerEncoder):
-            names = [f"fusion.layers.{len(self.fusion.layers) - 1}"]
-        with AttentionRecorder(self, names) as recorder:
-            fused, _ = self._fuse(features, image_index, input_ids, text_mask)
-        of_words, of_regions = fused.vision_guided, fused.language_guided
-        for name in names:
-            weights, count = recorder.weights[name][0].mean(1), fused.regions.shape[1]
-            of_words, of_regions = weights[:, :count, count:], weights[:, count:, :count]
-        maps = {}
-        if of_words is not None:
-            maps["vision-guided"] = of_words.transpose(1, 2)
-        if of_regions is not None:
-            maps["language-guided"] = of_regions
-        return Explanation(maps={name: m.unflatten(2, self.grid) for name, m in maps.items()})
 
     def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
         logits = outputs["mask_logits"].float()
@@ -198,7 +172,7 @@ class RISAM(ReferringSegmenter):
             "loss_dice": self.dice_weight * mask_dice(logits, masks, smooth=self.dice_smooth),
         }
 
-    def _fuse(
+    def fuse(
         self, features: Tensor, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
     ) -> tuple[MutualFeatures, Tensor]:
         """Fused features of E expressions, and the words (E, L) that attention may read."""

@@ -7,7 +7,6 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from ..backbone import RISBEiT3, backbone_class
-from ..explanation import AttentionRecorder, Explanation, row_entropy
 from ..layers import init_xavier, resize_maps
 from ..losses import mask_bce, mask_dice
 from ..segmenter import ReferringSegmenter
@@ -95,48 +94,6 @@ class SharedRIS(ReferringSegmenter):
         states = self.encoder.encode(features[image_index], text, text_mask, taps=self.fpn.stages)
         logits, sentence = self.decoder(self.fpn(states, text_mask), text_mask)
         return {"mask_logits": logits, "sentence": sentence}
-
-    def explain(
-        self, features: Tensor, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
-    ) -> Explanation:
-        """Figs. 7 and 8: the patches that the textual [CLS] attends in encoder, FPN and decoder.
-
-        The FPN's map is the mean over its levels, the encoder's and the decoder's that of the last
-        layer; all are means over heads.
-        """
-        last = f"encoder.encoder.layers.{self.encoder.depth - 1}.self_attn"
-        num_levels = len(self.fpn.fusions) if isinstance(self.fpn, SharedFPN) else 0
-        levels = [f"fpn.fusions.{i}" for i in range(num_levels)]
-        layers = [f"decoder.layers.{i}.fusion" for i in range(len(self.decoder.layers))]
-        with AttentionRecorder(self, [last, *levels, *layers]) as recorder:
-            self.segment(features, image_index, input_ids, text_mask)
-        maps = {"encoder": self._sentence_row(recorder.weights[last][-1])}
-        if levels:
-            rows = [self._sentence_row(recorder.weights[level][-1]) for level in levels]
-            maps["FPN"] = sum(rows) / len(rows)
-        if not layers:
-            return Explanation(maps=maps)
-        maps["decoder"] = self._sentence_row(recorder.weights[layers[-1]][-1])
-        (vision, text), _ = recorder.inputs[layers[0]][0]
-        return Explanation(
-            maps=maps,
-            entropy={
-                f"decoder {number}": row_entropy(recorder.weights[name][-1])
-                for number, name in enumerate(layers, 1)
-            },
-            pixels=vision[:, 1:].unflatten(1, self.encoder.grid),
-            tokens=text,
-            attended=text_mask,
-        )
-
-    def _sentence_row(self, weights: Tensor) -> Tensor:
-        """Weights of the textual [CLS] on the patches: (E, heads, Q, K) -> (E, H/p, W/p).
-
-        Keys are the visual tokens, or those and the text; then queries are both, too, else the text alone.
-        """
-        num_vision = 1 + self.encoder.grid[0] * self.encoder.grid[1]
-        query = num_vision if weights.shape[-1] > num_vision else 0
-        return weights[:, :, query, 1:num_vision].mean(1).unflatten(1, self.encoder.grid)
 
     def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
         logits = outputs["mask_logits"]

@@ -7,7 +7,6 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
-from ..explanation import AttentionRecorder, Explanation, row_entropy
 from ..layers import init_xavier, resize_maps
 from ..losses import mask_bce, mask_dice
 from ..segmenter import ReferringSegmenter
@@ -181,45 +180,6 @@ class VIPA(ReferringSegmenter):
         overlap = (binary * targets).flatten(1).sum(1)
         total = (binary + targets).flatten(1).sum(1)
         return 1 - (2 * overlap + 1) / (total + 1)
-
-    def explain(
-        self, features: Any, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
-    ) -> Explanation:
-        """Figs. 1, 5 and 6: what each token retrieves, and where the decoder's pixels attend it.
-
-        Maps of the L tokens:
-            "relevance" (E, L, h, w), on the grid of F_4: cosines S_c; not with language as keys.
-            "retrieved" (E, L, h, w): 1 where the visual tokens lie that a token retrieves; 0 everywhere
-            for a token that is no cue.
-            "decoder i" (E, L, h_i, w_i), i = 4 ... 1 (strides 32 ... 4): the weight that the pixels of
-            stage i give to each token's key, mean over heads. Not without retrieval, where keys are no
-            tokens of the sentence.
-        Entropies are called "decoder i", too; pixels and tokens are those of the first attention.
-        """
-        stages = list(self.decoder.attend)
-        names = [f"decoder.attend.{stage}" for stage in stages]
-        with AttentionRecorder(self, [*names, "decoder"]) as recorder:
-            outputs = self.segment(features, image_index, input_ids, text_mask)
-        features, _, keep = recorder.inputs["decoder"][0]
-        sizes = [feature.shape[-2:] for feature in features]
-        maps = {name: outputs[name] for name in ("relevance", "retrieved") if name in outputs}
-        if "retrieved" in maps:
-            maps["retrieved"] = maps["retrieved"] & keep[..., None, None]
-        entropy = {}
-        for stage, name in zip(stages, names, strict=True):
-            weights = recorder.weights[name][0]
-            entropy[f"decoder {stage}"] = row_entropy(weights)
-            if keep is not None:
-                rows = weights.mean(1).transpose(1, 2)
-                maps[f"decoder {stage}"] = rows.unflatten(2, sizes[int(stage) - 1])
-        pixels, tokens, _ = recorder.inputs[names[0]][0]
-        return Explanation(
-            maps=maps,
-            entropy=entropy,
-            pixels=pixels.unflatten(1, sizes[int(stages[0]) - 1]),
-            tokens=tokens,
-            attended=tokens.new_ones(tokens.shape[:2]) if keep is None else keep,
-        )
 
 
 def _mean(tokens: Tensor, keep: Tensor | None) -> Tensor:

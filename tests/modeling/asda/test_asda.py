@@ -152,17 +152,6 @@ def test_the_end_token_is_the_last_real_one(tiny_cfg):
     assert not torch.allclose(first["fine"], second["fine"], atol=1e-5)
 
 
-def test_explanations_are_coarse_and_fine_maps(tiny_cfg, make_inputs):
-    model = build_model(tiny_cfg).eval()
-    first, _ = model.explanations([make_inputs(seed=0), make_inputs(seed=1)])
-    assert {name: m.shape for name, m in first.maps.items()} == {
-        "coarse": (3, 4, 6),
-        "fine": (3, 4, 6),
-    }
-    tiny_cfg.MODEL.ASDA.ALIGNER = "none"
-    assert set(build_model(tiny_cfg).eval().explanations([make_inputs()])[0].maps) == {"coarse"}
-
-
 @pytest.mark.parametrize(
     "key, value, message",
     [

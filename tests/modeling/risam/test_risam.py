@@ -214,37 +214,6 @@ def test_the_two_thresholds_are_two(risam_cfg, make_square):
     assert model([make_square()])[0]["referring"][0]["score"] != results[0]["score"]
 
 
-def test_explanations_show_both_directions(risam_cfg, make_square):
-    torch.manual_seed(0)
-    model, inputs = build_model(risam_cfg).eval(), make_square(lengths=[8, 4, 5])
-    (explanation,) = model.explanations([inputs])
-    vision, language = (explanation.maps[f"{x}-guided"] for x in ("vision", "language"))
-    assert vision.shape == language.shape == (3, 8, 4, 4)
-    some = (
-        vision.sum(1) > 0
-    )  # regions that a word is relevant for share themselves out among the words
-    assert torch.allclose(vision.sum(1)[some], torch.ones(int(some.sum())), atol=1e-5)
-    words = language[inputs["text_mask"]]
-    assert torch.allclose(words.sum((1, 2)), torch.ones(17), atol=1e-4)
-    assert not language[~inputs["text_mask"]].any()
-
-
-def test_other_fusions_show_what_attention_they_have(risam_cfg, make_square):
-    inputs, text_mask = make_square(lengths=[8, 4, 5]), make_square(lengths=[8, 4, 5])["text_mask"]
-    risam_cfg.MODEL.RISAM.FUSION = "te"
-    (explanation,) = build_model(risam_cfg).eval().explanations([inputs])
-    assert set(explanation.maps) == {"vision-guided", "language-guided"}
-    for values in explanation.maps.values():
-        # The rest of a region's attention goes to regions, of a word's to words.
-        assert values.shape == (3, 8, 4, 4) and (values[text_mask] > 0).all()
-    assert (explanation.maps["vision-guided"].sum(1) < 1).all()
-    assert not explanation.maps["vision-guided"][~text_mask].any()
-    assert (explanation.maps["language-guided"].sum((2, 3)) < 1).all()
-    for fusion in ("conv", "none"):
-        risam_cfg.MODEL.RISAM.FUSION = fusion
-        assert build_model(risam_cfg).eval().explanations([inputs])[0].maps == {}
-
-
 def test_words_know_their_position_by_sine(risam_cfg):
     model = build_model(risam_cfg)
     words = torch.zeros(1, 5, 24)

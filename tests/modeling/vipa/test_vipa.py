@@ -290,39 +290,6 @@ def test_early_fusion_starts_as_crossvlt():
         assert layer.bias is None or not layer.bias.any()
 
 
-def test_explanation(vipa_cfg, make_inputs):
-    model = build(vipa_cfg).eval()
-    inputs = make_inputs(size=SIZE, lengths=[6, 4, 5])
-    explanation = model.explanations([inputs])[0]
-    length = 6  # of the longest sentence: padding behind it is cut off
-    assert {name: tuple(x.shape) for name, x in explanation.maps.items()} == {
-        "relevance": (3, length, 2, 3),
-        "retrieved": (3, length, 2, 3),
-        "decoder 4": (3, length, 2, 3),
-        "decoder 3": (3, length, 4, 6),
-        "decoder 2": (3, length, 8, 12),
-        "decoder 1": (3, length, 16, 24),
-    }
-    retrieved = explanation.maps["retrieved"].flatten(2).sum(2)
-    assert torch.equal(retrieved, inputs["text_mask"][:, :length].float())  # floor(0.3 * 6) each
-    attended = explanation.maps["decoder 1"].sum(1)
-    assert torch.allclose(attended, torch.ones_like(attended), atol=1e-5)
-    assert not explanation.maps["decoder 1"][1, 4:].any()  # padding
-    assert set(explanation.entropy) == {f"decoder {i}" for i in (4, 3, 2, 1)}
-    assert explanation.pixels.shape == (3, 2, 3, 16) and explanation.tokens.shape == (3, length, 16)
-    language = build(vipa_cfg, "KEY_VALUES", "language").eval().explanations([inputs])[0]
-    assert set(language.maps) == {f"decoder {i}" for i in (4, 3, 2, 1)}
-    coarse = build(vipa_cfg, "DECODER.ATTENTION_STAGES", (2, 4)).eval().explanations([inputs])[0]
-    assert coarse.pixels.shape == (3, 2, 3, 16)  # the first to run, not the first in the list
-    all_tokens = build(vipa_cfg, "GENERATOR.RETRIEVE", False).eval().explanations([inputs])[0]
-    assert set(all_tokens.maps) == {"relevance"} and all_tokens.tokens.shape == (3, 6, 16)
-    assert all_tokens.attended.all(), "visual tokens, as many as words"
-    assert explanation.attended.sum(1).tolist() == [6, 4, 5]
-    of_cls = build(vipa_cfg, "GENERATOR.CUES", "global").eval().explanations([inputs])[0]
-    assert of_cls.attended.tolist() == [[1, 0, 0, 0, 0, 0]] * 3
-    assert of_cls.maps["retrieved"].flatten(2).any(2).sum(1).tolist() == [1, 1, 1]
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -1,4 +1,4 @@
-"""tools/attention.py: its pictures and measures follow from what the models look at."""
+"""tools/attention/main.py: its pictures and measures follow from what the models look at."""
 
 import json
 from pathlib import Path
@@ -6,18 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from attention import drawing, looking
+from attention.explanation import Explanation
 from PIL import Image
 
 from ris_d2 import load_config, refshapes
 from ris_d2.data.catalog import register_all
-from ris_d2.modeling.explanation import Explanation
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture
 def attention(load_tool):
-    return load_tool("attention")
+    return load_tool("attention/main")
 
 
 @pytest.fixture
@@ -122,7 +123,8 @@ class Looks:
         mask = torch.zeros(inputs["height"], inputs["width"], dtype=torch.bool)
         return [{"referring": [{"mask": mask} for _ in inputs["expressions"]]}]
 
-    def explanations(self, batched_inputs):
+    @staticmethod
+    def explanations(model, batched_inputs):
         (inputs,) = batched_inputs
         count, length = inputs["input_ids"].shape
         left = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(count, 4, 4)
@@ -141,6 +143,7 @@ class Looks:
 def test_maps_lie_where_the_model_looked(attention, tiny_config, tmp_path, monkeypatch):
     observer = attention.Observer(load_config(tiny_config, ["INPUT.RIS.GEOMETRY", "letterbox"]))
     observer.predictor.model = Looks()
+    monkeypatch.setattr(looking, "explanations", Looks.explanations)
     # 64 x 32 of the 64 x 64 letterbox: the upper and lower quarter are not of the image.
     image = np.full((32, 64, 3), 200, np.uint8)
     target = np.zeros((32, 64), bool)
@@ -181,7 +184,7 @@ def test_maps_lie_where_the_model_looked(attention, tiny_config, tmp_path, monke
         seen.update(box=box, words=words, weights=weights.tolist())
         return np.zeros((9, 9, 3), np.uint8)
 
-    monkeypatch.setattr(attention, "region_words", region_words)
+    monkeypatch.setattr(drawing, "region_words", region_words)
     attention.draw_region(str(tmp_path / "region.png"), sample, 0, {"looks": first}, (8, 16))
     assert seen["box"] == (6, 14, 10, 18) and seen["words"] == first.tokens
     assert seen["weights"] == pytest.approx([1, 0, 0, 0], abs=0.05)  # the first of four columns

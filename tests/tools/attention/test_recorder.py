@@ -1,14 +1,15 @@
+"""tools/attention: what is recorded of a model, and how it is put together."""
+
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from detectron2.modeling import build_model
+from attention.explanation import Explanation
+from attention.recorder import AttentionRecorder, row_entropy
 from torch import nn
 
-from ris_d2.modeling.explanation import AttentionRecorder, Explanation, row_entropy
 from ris_d2.modeling.layers import MultiheadAttention
-from ris_d2.modeling.segmenter import ReferringSegmenter
 
 
 @pytest.mark.parametrize(
@@ -83,52 +84,3 @@ def test_parts_are_put_together():
     assert whole.maps["a"].shape == (5, 2, 2) and whole.entropy["b"].shape == (5,)
     assert whole.pixels is None and whole.tokens is None
     assert whole.apply(lambda x: x[:1]).maps["a"].shape == (1, 2, 2)
-
-
-@pytest.mark.parametrize("fusion", ["self", "cross", "bi"])
-def test_shared_ris_maps_are_the_sentences_row(fusion, tiny_cfg, make_inputs):
-    tiny_cfg.MODEL.SHARED_RIS.merge_from_list(["FPN_FUSION", fusion, "DECODER_FUSION", fusion])
-    torch.manual_seed(0)
-    model = build_model(tiny_cfg).eval()
-    inputs = [make_inputs(seed=0), make_inputs(seed=1, num_expressions=2)]
-    first, second = model.explanations(inputs)
-    assert {name: tuple(m.shape) for name, m in first.maps.items()} == {
-        name: (3, 4, 6) for name in ("encoder", "FPN", "decoder")
-    }
-    assert (first.maps["encoder"] > 0).all()
-    assert (first.maps["encoder"].flatten(1).sum(1) < 1).all(), "some weight is on [CLS] and text"
-    assert first.pixels.shape == (3, 4, 6, 16) and first.tokens.shape == (3, 6, 16)
-    assert torch.equal(first.attended, inputs[0]["text_mask"][:, :6].float())
-    assert second.maps["decoder"].shape == (2, 4, 6)
-    assert set(first.entropy) == {"decoder 1"}
-    # An expression's maps are its own, whatever is segmented beside it.
-    model.max_expressions = 2
-    (alone,) = model.explanations([inputs[1]])
-    for name, maps in alone.maps.items():
-        assert torch.allclose(maps, second.maps[name], atol=1e-6)
-    with torch.no_grad():  # [CLS] of the text now looks for nothing in particular
-        layer = model.encoder.encoder.layers[-1].self_attn
-        layer.q_proj["B"].weight.zero_()
-        layer.q_proj["B"].bias.zero_()
-    (uniform,) = model.explanations([inputs[1]])
-    num_tokens = 1 + 24 + 6
-    expected = torch.full((2, 4, 6), 1 / num_tokens)
-    assert torch.allclose(uniform.maps["encoder"], expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("changes", [["STAGES", ()], ["FPN", "pwam"], ["FPN", "cris"]])
-def test_parts_that_are_not_there_have_no_map(changes, tiny_cfg, make_inputs):
-    tiny_cfg.MODEL.SHARED_RIS.merge_from_list([*changes, "DECODER_LAYERS", 0])
-    (explanation,) = build_model(tiny_cfg).eval().explanations([make_inputs()])
-    assert set(explanation.maps) == {"encoder"}
-    assert explanation.entropy == {} and explanation.pixels is None
-
-
-def test_a_method_without_maps_says_so(tiny_cfg, make_inputs):
-    class Mute(ReferringSegmenter):
-        def encode_images(self, images, views):
-            return images
-
-    model = Mute(pixel_mean=[0] * 3, pixel_std=[1] * 3, input_size=(32, 48)).eval()
-    with pytest.raises(NotImplementedError, match="Mute has no attention maps"):
-        model.explanations([make_inputs()])

@@ -1,0 +1,1 @@
+"""Where models look: recorded, measured, drawn (``python tools/attention/main.py``)."""
