@@ -340,13 +340,13 @@ class RISCheckpointer(DetectionCheckpointer):
         sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
         filled = fit.used.keys() | by_init
         unfilled = [n for n in fit.missing + fit.misshapen if n not in by_init]
-        share = sum(size for name, size in sizes.items() if name in filled) / max(
-            1, sum(sizes.values())
-        )
+        total = max(1, sum(sizes.values()))
+        share = sum(size for name, size in sizes.items() if name in filled) / total
+        own = sum(size for name, size in sizes.items() if name in fit.used) / total
         if share < self._required or (self._required == 1.0 and unfilled):
             raise ValueError(
-                f"{self._loading} fills {share:.1%} of {type(self.model).__name__}'s parameters"
-                f" ({self._required:.0%} needed): {fit}. It is a checkpoint of another method, or "
+                f"{self._loading} fills {own:.1%} of {type(self.model).__name__}'s parameters"
+                f" ({share:.1%} with MODEL.INIT, {self._required:.0%} needed): {fit}. It is a checkpoint of another method, or "
                 "of another configuration of this one"
             )
 

@@ -151,7 +151,7 @@ class ReferringEvaluator(DatasetEvaluator):
         if images is None:
             return OrderedDict()
         _check_unique(images, rows)
-        metrics = summarize(rows)
+        metrics = self.metrics(rows)
         groups = breakdowns(rows, [source for source, _, _ in images])
         size = resolution(rows)
         logger.info(
@@ -171,6 +171,16 @@ class ReferringEvaluator(DatasetEvaluator):
             }
             self._write(record, images, rows, run_lengths)
         return OrderedDict(referring=metrics)
+
+    def metrics(self, rows: np.ndarray) -> dict[str, float]:
+        """What ``evaluate`` returns and writes of all expressions.
+
+        A subclass adds metrics of its own to ``super().metrics(rows)``.
+
+        Args:
+            rows: (n,), one per expression, with the fields of ``ris_d2.evaluation.report.ROW``.
+        """
+        return summarize(rows)
 
     def _gather(self) -> tuple[list[tuple[str, str, int]] | None, np.ndarray, list[str]]:
         """Everything that all processes keep, by source, file name and expression id."""
