@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .postprocessing import MASK_ORDERS, NO_TARGET_RULES, restore_masks, says_no
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_FREEZE = ("eval", "train", "none")
 _TARGET_RESIZING = ("area", "nearest")
 
 
@@ -29,7 +30,7 @@ class ReferringSegmenter(nn.Module):
     predicts instances ``predict``. The base collates, normalises and pads, autocasts, freezes, slices
     expressions in evaluation with image features kept, and restores masks to the requested size.
 
-    The last line of a method's constructor calls ``freeze_parts()``.
+    A part that ``freeze`` names is frozen as the method's constructor assigns it.
     """
 
     # MODEL.INIT source -> path of the sub-module that its weights fill, e.g. {"beit3": "encoder"}, or
@@ -77,7 +78,8 @@ class ReferringSegmenter(nn.Module):
                 (``build_optimizer``). A training without them is warned of.
 
         Raises:
-            ValueError: for an unknown precision, no_target, mask_order or target_resizing.
+            ValueError: for an unknown precision, no_target, mask_order, target_resizing or mode of a
+                frozen part.
         """
         super().__init__()
         for key, value, known in (
@@ -92,6 +94,9 @@ class ReferringSegmenter(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self.input_size = tuple(input_size)
         self.precision = precision
+        for part, mode in (freeze or {}).items():
+            if mode not in _FREEZE:
+                raise ValueError(f"MODEL.RIS.FREEZE.{part} is {mode!r}, not one of {_FREEZE}")
         self.freeze = {part: mode for part, mode in (freeze or {}).items() if mode != "none"}
         self.no_target = no_target
         has_head = no_target == "head" and sentence_dim is not None
@@ -251,31 +256,32 @@ class ReferringSegmenter(nn.Module):
             )
             self.to_be_applied.clear()  # said once
 
-    def train(self, mode: bool = True) -> "ReferringSegmenter":
-        super().train(mode)
-        for part, part_mode in self.freeze.items():
-            self.get_submodule(part).train(mode and part_mode == "train")
-        return self
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            # Here, so that optimizer and DDP, whoever builds them, find frozen what is to be frozen.
+            self._freeze(part for part in self.freeze if part.split(".")[0] == name)
 
-    def freeze_parts(self) -> None:
-        """Stop the gradients of the parts named in ``freeze``.
+    def train(self, mode: bool = True) -> "ReferringSegmenter":
+        """As nn.Module's, but frozen parts are in the mode that ``freeze`` says.
 
         Raises:
-            ValueError: for an unknown part or mode.
+            ValueError: ``freeze`` names a part that is not there.
         """
-        for part, mode in self.freeze.items():
-            if mode not in ("eval", "train"):
-                raise ValueError(
-                    f"MODEL.RIS.FREEZE.{part} is {mode!r}, not eval or train (or none)"
-                )
+        super().train(mode)
+        self._freeze(self.freeze)
+        return self
+
+    def _freeze(self, parts: Iterable[str]) -> None:
+        for part in parts:
             try:
-                self.get_submodule(part).requires_grad_(False)
+                module = self.get_submodule(part)
             except AttributeError:
-                parts = [name for name, _ in self.named_children()]
+                known = [name for name, _ in self.named_children()]
                 raise ValueError(
-                    f"MODEL.RIS.FREEZE names {part!r}; the parts are {parts}"
+                    f"MODEL.RIS.FREEZE names {part!r}; the parts are {known}"
                 ) from None
-        self.train(self.training)
+            module.requires_grad_(False).train(self.training and self.freeze[part] == "train")
 
     # What the base does.
 

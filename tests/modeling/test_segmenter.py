@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from ris_d2.engine.optimizer import parameter_groups
 from ris_d2.modeling import ReferringSegmenter
 
 
@@ -14,7 +15,6 @@ class Probe(ReferringSegmenter):
         self.logits = logits
         self.backbone = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 3))
         self.calls = []
-        self.freeze_parts()
 
     def encode_images(self, images, views):
         self.calls.append(("encode", tuple(images.shape), {k: v.shape for k, v in views.items()}))
@@ -166,6 +166,21 @@ def test_frozen_parts_keep_their_mode(mode):
     assert not model.eval().backbone.training
 
 
+def test_optimizer_and_ddp_see_frozen_parts_of_a_model_that_nobody_prepared():
+    """A part of a part, after a constructor that calls nothing, before any call of train()."""
+    model = Probe(freeze={"backbone.1": "eval"})
+    model.head = nn.Linear(3, 1)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "head.weight",
+        "head.bias",
+    ]
+    groups = parameter_groups(model, lr=0.1, weight_decay=0.0)
+    assert sum(len(group["params"]) for group in groups) == 2
+    assert model.backbone[0].training and not model.backbone[1].training
+    model.backbone = nn.Sequential(nn.Identity(), nn.Linear(3, 3))  # replaced: frozen, too
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+
+
 def test_a_part_that_a_base_config_freezes_can_be_left_free():
     model = Probe(freeze={"backbone": "none"})
     assert all(p.requires_grad for p in model.backbone.parameters())
@@ -187,6 +202,8 @@ def test_bad_settings_are_named():
     with pytest.raises(ValueError, match="NO_TARGET is 'maybe'"):
         Probe(no_target="maybe")
     with pytest.raises(ValueError, match="names 'encoder'; the parts are .*backbone"):
-        Probe(freeze={"encoder": "eval"})
-    with pytest.raises(ValueError, match="not eval or train"):
+        Probe(freeze={"encoder": "eval"}).train()
+    with pytest.raises(ValueError, match="names 'backbone.2'; the parts are .*backbone"):
+        Probe(freeze={"backbone.2": "eval"})
+    with pytest.raises(ValueError, match="backbone is 'frozen', not one of .*eval"):
         Probe(freeze={"backbone": "frozen"})

@@ -97,7 +97,6 @@ class ASDA(ReferringSegmenter):
         for part in (projection, aggregator, decoder, coefficients):
             if part is not None:
                 part.to(memory_format=torch.channels_last)
-        self.freeze_parts()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

@@ -70,7 +70,6 @@ class DeRIS(ReferringSegmenter):
         self.score_weighted = score_weighted
         self.keep_best = keep_best
         self.return_instances = return_instances
-        self.freeze_parts()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

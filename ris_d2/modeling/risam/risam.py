@@ -83,7 +83,6 @@ class RISAM(ReferringSegmenter):
         self.focal_weight, self.dice_weight = focal_weight, dice_weight
         self.focal_gamma, self.focal_alpha = focal_gamma, focal_alpha
         self.dice_smooth = dice_smooth
-        self.freeze_parts()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

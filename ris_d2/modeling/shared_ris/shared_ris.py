@@ -54,7 +54,6 @@ class SharedRIS(ReferringSegmenter):
         self.loss_at_input_size = loss_at_input_size
         for part in (fpn, decoder):  # the paper is silent
             part.apply(init_xavier)
-        self.freeze_parts()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

@@ -76,7 +76,6 @@ class VIPA(ReferringSegmenter):
             self.log_relevance_temperature = nn.Parameter(torch.zeros(()))
         for part in (generator, decoder):  # the paper is silent
             part.apply(init_xavier)
-        self.freeze_parts()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
