@@ -52,6 +52,8 @@ class AdaptiveFeatureSelection(nn.Module):
             )
         self.levels = {name: tuple(layers) for name, layers in levels.items()}
         self.mode = mode
+        for name, layers in self.levels.items():
+            self.register_buffer(f"layers_of_{name}", torch.tensor(layers), persistent=False)
         chosen = {name: layers for name, layers in self.levels.items() if len(layers) > 1}
         self.project = nn.Linear(vision_dim, text_dim, bias=False) if chosen else None  # Phi_T
         self.networks = nn.ModuleDict(
@@ -99,7 +101,7 @@ class AdaptiveFeatureSelection(nn.Module):
             return Selected(_to_map(candidates[:, 0], grid), image_index, chosen_layers)
         scores = self.score(name, states, sentences, image_index)
         choice = scores.argmax(1)
-        chosen_layers = torch.tensor(layers, device=choice.device)[choice]
+        chosen_layers = getattr(self, f"layers_of_{name}")[choice]
         if self.mode == "soft" or (self.mode == "straight_through" and self.training):
             weights = scores.softmax(1)
             if self.mode == "straight_through":

@@ -7,7 +7,6 @@ hence this file. Parameter names are those of the official checkpoints, except t
 outputs are ``norms.res2`` ... ``norms.res5``.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -19,9 +18,11 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..layers import Constants
 from ..layers.attention import drop_path_scale
 
 Size = tuple[int, int]
+Partition = tuple[Tensor, Tensor, Tensor | None]
 PATCH_SIZE = 4
 MLP_RATIO = 4
 _FEATURES = ("res2", "res3", "res4", "res5")
@@ -29,11 +30,7 @@ _FEATURES = ("res2", "res3", "res4", "res5")
 _MASKED = -100.0
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def _partition(
-    size: Size, window: int, shift: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _partition(size: Size, window: int, shift: int) -> Partition:
     """Where the tokens of an (h, w) map lie in padded, cyclically shifted windows of M x M.
 
     Returns:
@@ -47,8 +44,8 @@ def _partition(
     def windows(grid: Tensor) -> Tensor:
         return grid.unflatten(1, (-1, window)).unflatten(0, (-1, window)).transpose(1, 2).flatten(2)
 
-    tokens = torch.full(padded, height * width, device=device)
-    tokens[:height, :width] = torch.arange(height * width, device=device).view(size)
+    tokens = torch.full(padded, height * width)
+    tokens[:height, :width] = torch.arange(height * width).view(size)
     tokens = windows(tokens.roll((-shift, -shift), (0, 1))).flatten()
     places = tokens.argsort()[: height * width]
     if shift == 0:
@@ -56,7 +53,7 @@ def _partition(
     rows, columns = (
         (at >= length - window).int() + (at >= length - shift).int()
         for length in padded
-        for at in [torch.arange(length, device=device)]
+        for at in [torch.arange(length)]
     )
     regions = windows(3 * rows[:, None] + columns).flatten(0, 1)
     mask = _MASKED * (regions[:, None, :] != regions[:, :, None]).float()
@@ -81,10 +78,10 @@ class WindowAttention(nn.Module):
         index = offset[0] * (2 * window_size - 1) + offset[1]
         self.register_buffer("relative_position_index", index.flatten(), persistent=False)
 
-    def forward(self, tokens: Tensor, size: Size) -> Tensor:
-        """(B, h * w, dim), (h, w) -> (B, h * w, dim)"""
+    def forward(self, tokens: Tensor, partition: Partition) -> Tensor:
+        """(B, h * w, dim), ``_partition`` of the map with this window and shift -> (B, h * w, dim)"""
         batch, area = len(tokens), self.window_size**2
-        token_at, place_of, mask = _partition(size, self.window_size, self.shift, tokens.device)
+        token_at, place_of, mask = partition
         # Padding is zero before the projection, so that its query, key and value are the bias:
         # projecting first spares the padded tokens (a quarter of 28 x 28 windows on a 24 x 24 map).
         qkv = self.qkv(tokens)
@@ -124,8 +121,8 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = SwinMLP(dim=dim)
 
-    def forward(self, tokens: Tensor, size: Size) -> Tensor:
-        tokens = tokens + self._drop(self.attn(self.norm1(tokens), size))
+    def forward(self, tokens: Tensor, partition: Partition) -> Tensor:
+        tokens = tokens + self._drop(self.attn(self.norm1(tokens), partition))
         return tokens + self._drop(self.mlp(self.norm2(tokens)))
 
     def _drop(self, update: Tensor) -> Tensor:
@@ -247,6 +244,7 @@ class RISSwin(Backbone):
                 if name in out_features
             }
         )
+        self.partitions = Constants(_partition, max_kept=64)
         self.apply(_init_weights)
 
     @classmethod
@@ -287,10 +285,13 @@ class RISSwin(Backbone):
     def run_stage(self, stage: int, tokens: Tensor, size: Size) -> Tensor:
         """Run the blocks of a stage (0-based): (B, h * w, 2^stage C), (h, w) -> the same shape."""
         for block in self.layers[stage].blocks:
+            partition = self.partitions(
+                tuple(size), block.attn.window_size, block.attn.shift, device=tokens.device
+            )
             if self.checkpointing and self.training and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, size, use_reentrant=False)
+                tokens = checkpoint(block, tokens, partition, use_reentrant=False)
             else:
-                tokens = block(tokens, size)
+                tokens = block(tokens, partition)
         return tokens
 
     def downsample(self, stage: int, tokens: Tensor, size: Size) -> tuple[Tensor, Size]:

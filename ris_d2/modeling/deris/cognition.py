@@ -7,9 +7,10 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..backbone import RISBEiT3
-from ..layers import MultiheadAttention
+from ..layers import Constants, MultiheadAttention
 from ..text import build_text_encoder
 
+MAX_LENGTHS = 64  # of sentences in tokens, for which positions are kept
 VIEW = "cognition"  # the resizing of the image (INPUT.RIS.VIEWS) that this branch looks at
 
 
@@ -187,7 +188,7 @@ class CognitionBranch(nn.Module):
         )
         self.referring = nn.Linear(dim, 2)
         self.existence = existence
-        self._positions = _POSITIONS[text_positions]
+        self._positions = Constants(_POSITIONS[text_positions], max_kept=MAX_LENGTHS)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, num_layers: int) -> dict[str, Any]:
@@ -260,8 +261,10 @@ class CognitionBranch(nn.Module):
         Returns:
             fused queries (E, Q, C) and referring logits (E, Q, 2), class 0 = referred.
         """
-        positions = self._positions(text.shape[1], text.shape[2]).to(text)
-        queries, referring = self.layers[number](queries, prior, text, text_mask, positions)
+        (positions,) = self._positions(text.shape[1], text.shape[2], device=text.device)
+        queries, referring = self.layers[number](
+            queries, prior, text, text_mask, positions.to(text.dtype)
+        )
         return queries, self.referring(referring)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,8 @@ from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from ..backbone import RISSwin, build_pyramid_backbone
-from ..layers import MultiheadAttention
-from .pixel_decoder import LEVELS, PixelDecoder, Size, level_positions
+from ..layers import Constants, MultiheadAttention
+from .pixel_decoder import LEVELS, PixelDecoder, Size
 
 PRIOR_STRIDE = 4  # of the maps that mask priors are taken on, in pixels of f_m
 
@@ -52,6 +51,7 @@ class MaskFeatures:
         visual: Tensor | None,
         level_visual: Sequence[Tensor],
         image_index: Tensor,
+        upsample_and_pool: Constants,
     ):
         """
         Args:
@@ -59,8 +59,10 @@ class MaskFeatures:
             visual: (E, C, g, g), the share of f_v before upsampling; None without.
             level_visual: (E, C, g, g) per level, what f_v adds to it; empty unless hierarchical.
             image_index: int64 (E,), the row of ``maps`` of each expression.
+            upsample_and_pool: of ``upsample_and_pool``.
         """
         self.maps = maps
+        self._upsample_and_pool = upsample_and_pool
         self.pooled = F.avg_pool2d(maps, PRIOR_STRIDE)
         self.visual = visual
         self.level_visual = level_visual
@@ -87,9 +89,8 @@ class MaskFeatures:
         pooled = self.pooled.flatten(2).transpose(1, 2)
         total = masks.flatten(2) @ pooled[self.image_index]
         if self.visual is not None:
-            rows, columns = (
-                _upsample_and_pool(small, large, masks.device)
-                for small, large in zip(self.visual.shape[-2:], self.maps.shape[-2:], strict=True)
+            rows, columns = self._upsample_and_pool(
+                tuple(self.visual.shape[-2:]), tuple(self.maps.shape[-2:]), device=masks.device
             )
             shrunk = torch.einsum("eqhw,gh,fw->eqgf", masks, rows, columns)
             total = total + torch.einsum("eqgf,ecgf->eqc", shrunk, self.visual)
@@ -191,6 +192,7 @@ class PerceptionBranch(nn.Module):
             with torch.no_grad():
                 for parameter in (*self.mask_proj.parameters(), *self.visual_proj.parameters()):
                     parameter.mul_(0.5**0.5)
+        self.upsample_and_pool = Constants(upsample_and_pool)
         self.level_proj = nn.ModuleList(
             nn.Conv2d(dim, dim, 1) for _ in range(min(num_layers, len(LEVELS)) * hierarchical)
         )
@@ -245,6 +247,7 @@ class PerceptionBranch(nn.Module):
             visual=None if self.visual_proj is None else self.visual_proj(visual_tokens),
             level_visual=[project(visual_tokens) for project in self.level_proj],
             image_index=image_index,
+            upsample_and_pool=self.upsample_and_pool,
         )
 
     def predict_masks(self, queries: Tensor, mask_features: MaskFeatures) -> Tensor:
@@ -308,7 +311,9 @@ class PerceptionBranch(nn.Module):
         return self.layers[number](queries, positions, (keys, values), attention_mask)
 
     def _project(self, number: int, tokens: Tensor, sizes: list[Size]) -> tuple[Tensor, Tensor]:
-        sine, _ = level_positions(tuple(sizes), tokens.shape[-1], tokens.device)
+        _, *sine = self.pixel_decoder.level_positions(
+            tuple(sizes), tokens.shape[-1], device=tokens.device
+        )
         located = tokens + sine[number % len(LEVELS)]
         return self.layers[number].cross_attention.project(located, tokens)
 
@@ -324,10 +329,11 @@ class PerceptionBranch(nn.Module):
         return {**state_dict, name: state_dict[name][:wanted]}, [name]
 
 
-@functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)
-def _upsample_and_pool(small: int, large: int, device: torch.device) -> Tensor:
-    """(small, large // 4): one axis of upsampling from ``small`` to ``large`` and pooling by 4."""
-    basis = torch.eye(small, device=device)[:, None]
-    basis = F.interpolate(basis, size=large, mode="linear", align_corners=False)
-    return F.avg_pool1d(basis, PRIOR_STRIDE)[:, 0]
+def upsample_and_pool(small: Size, large: Size) -> list[Tensor]:
+    """Per axis, (small, large // 4): upsampling from ``small`` to ``large`` and pooling by 4."""
+    bases = []
+    for few, many in zip(small, large, strict=True):
+        basis = torch.eye(few)[:, None]
+        basis = F.interpolate(basis, size=many, mode="linear", align_corners=False)
+        bases.append(F.avg_pool1d(basis, PRIOR_STRIDE)[:, 0])
+    return bases

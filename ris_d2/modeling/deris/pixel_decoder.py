@@ -1,6 +1,5 @@
 """Pixel decoder: a deformable transformer over three levels and one FPN step up to a quarter."""
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
+from ..layers import Constants
 from ..layers.deformable_attention import MultiScaleDeformableAttention
 from ..layers.position import sine_position_2d
 
@@ -71,6 +71,7 @@ class PixelDecoder(nn.Module):
         )
         self.output = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), _group_norm(dim), nn.ReLU())
         self.mask_features = nn.Conv2d(dim, dim, 1)
+        self.level_positions = Constants(level_positions)
         for projection in self.input_proj:
             nn.init.xavier_uniform_(projection[0].weight)
             nn.init.zeros_(projection[0].bias)
@@ -90,7 +91,9 @@ class PixelDecoder(nn.Module):
         sizes = [tuple(x.shape[-2:]) for x in maps]
         lengths = [height * width for height, width in sizes]
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
-        sine, reference = level_positions(tuple(sizes), tokens.shape[-1], tokens.device)
+        reference, *sine = self.level_positions(
+            tuple(sizes), tokens.shape[-1], device=tokens.device
+        )
         positions = torch.cat([x + level for x, level in zip(sine, self.level_embed, strict=True)])
         for layer in self.layers:
             tokens = layer(tokens, positions, reference, sizes)
@@ -103,23 +106,16 @@ class PixelDecoder(nn.Module):
         return levels, sizes, self.mask_features(self.output(finest))
 
 
-@functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)
-def level_positions(
-    sizes: tuple[Size, ...], dim: int, device: torch.device
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Sine positions (h * w, dim) per level, and (x, y) in 0..1 of all their pixels' centres, (N, 2)."""
-    sine = tuple(
-        sine_position_2d(height, width, dim, normalize=True).flatten(0, 1).to(device)
-        for height, width in sizes
-    )
+def level_positions(sizes: tuple[Size, ...], dim: int) -> list[Tensor]:
+    """(x, y) in 0..1 of the centres of all levels' pixels, (N, 2); sine positions (h * w, dim) per level."""
+    sine = [sine_position_2d(*size, dim, normalize=True).flatten(0, 1) for size in sizes]
     centres = []
     for height, width in sizes:
-        rows = (torch.arange(height, device=device) + 0.5) / height
-        columns = (torch.arange(width, device=device) + 0.5) / width
+        rows = (torch.arange(height) + 0.5) / height
+        columns = (torch.arange(width) + 0.5) / width
         grid = torch.meshgrid(rows, columns, indexing="ij")
         centres.append(torch.stack(grid[::-1], -1).flatten(0, 1))
-    return sine, torch.cat(centres)
+    return [torch.cat(centres), *sine]
 
 
 def _group_norm(dim: int) -> nn.GroupNorm:

@@ -1,4 +1,5 @@
 from .attention import MLP, MultiheadAttention
+from .constants import Constants
 from .existence import ExistenceHead
 from .init import init_xavier
 from .norm import instance_norm
@@ -6,6 +7,7 @@ from .resize import resize_maps
 
 __all__ = [
     "MLP",
+    "Constants",
     "ExistenceHead",
     "MultiheadAttention",
     "init_xavier",

@@ -1,12 +1,13 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021) without compiled code."""
 
-import functools
 import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .constants import Constants
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -28,6 +29,7 @@ class MultiScaleDeformableAttention(nn.Module):
         self.weights = nn.Linear(dim, places)
         self.value = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
+        self.map_constants = Constants(map_constants)
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
@@ -70,15 +72,18 @@ class MultiScaleDeformableAttention(nn.Module):
             query = query.float()
             offsets = self.offsets(query).unflatten(2, (*places, 2))
             weights = self.weights(query).unflatten(2, (self.num_heads, -1)).softmax(-1)
-            extent = torch.tensor(sizes, device=query.device).flip(1)  # (levels, 2), x first
+            extent, *constants = self.map_constants(
+                tuple(sizes), self.num_heads, self.num_points, device=query.device
+            )
             start = (reference[:, None] * extent).unsqueeze(2)  # (Q, levels, 1, 2)
             points = offsets + start[:, None]
-            read = weighted_samples(values.float(), sizes, points, weights.unflatten(3, places[1:]))
+            weights = weights.unflatten(3, places[1:])
+            read = weighted_samples(values.float(), constants, points, weights)
         return self.out(read.flatten(2))
 
 
 def weighted_samples(
-    values: Tensor, sizes: Sequence[tuple[int, int]], points: Tensor, weights: Tensor
+    values: Tensor, constants: Sequence[Tensor], points: Tensor, weights: Tensor
 ) -> Tensor:
     """Sum bilinear samples of several maps; what lies outside of a map counts as zero.
 
@@ -88,7 +93,7 @@ def weighted_samples(
 
     Args:
         values: float32 (B, sum of h * w, M, D), M heads.
-        sizes: (h, w) of each of L maps.
+        constants: all but the first of ``map_constants``, for the (h, w) of L maps.
         points: float32 (B, Q, M, L, P, 2), (x, y) in pixels; the centre of the first is at 0.5.
         weights: float32 (B, Q, M, L, P).
 
@@ -96,9 +101,8 @@ def weighted_samples(
         float32 (B, Q, M, D)
     """
     batch, length, heads, _ = values.shape
-    per_level, device = points.shape[4], values.device
-    heights, widths, first = _places(tuple(sizes), heads, per_level, device)
-    images = torch.arange(batch, dtype=torch.int32, device=device)[:, None, None]
+    heights, widths, first = constants
+    images = torch.arange(batch, dtype=torch.int32, device=values.device)[:, None, None]
     first = first + images * (length * heads)
 
     x, y = points.flatten(2, 4).unbind(-1)
@@ -120,19 +124,17 @@ def weighted_samples(
     return read.view(batch, -1, heads, read.shape[-1])
 
 
-@functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)
-def _places(
-    sizes: tuple[tuple[int, int], ...], heads: int, per_level: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per place (head, level, point): height and width of its map, and the row of the map's first pixel
-    among all pixels x heads; int32 (places,) each."""
+def map_constants(
+    sizes: tuple[tuple[int, int], ...], heads: int, per_level: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Width and height of each map, int64 (L, 2); and per place (head, level, point): height and width of
+    its map, and the row of the map's first pixel among all pixels x heads; int32 (places,) each."""
     areas = [0] + [height * width for height, width in sizes[:-1]]
-    levels = torch.tensor([(h, w, 0) for h, w in sizes], dtype=torch.int32, device=device)
-    levels[:, 2] = torch.tensor(areas, device=device).cumsum(0) * heads
+    levels = torch.tensor([(h, w, 0) for h, w in sizes], dtype=torch.int32)
+    levels[:, 2] = torch.tensor(areas).cumsum(0) * heads
     places = levels.repeat_interleave(per_level, 0).repeat(heads, 1)
-    places[:, 2] += torch.arange(heads, device=device).repeat_interleave(len(places) // heads)
-    return places.unbind(1)
+    places[:, 2] += torch.arange(heads).repeat_interleave(len(places) // heads)
+    return torch.tensor(sizes).flip(1), *places.unbind(1)
 
 
 def _neighbours(position: Tensor, length: Tensor) -> list[tuple[Tensor, Tensor]]:

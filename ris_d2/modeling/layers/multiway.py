@@ -40,9 +40,9 @@ def split(joint: Tensor, like: Streams) -> Streams:
 
 
 def visible_tokens(streams: Streams, text_mask: Tensor | None) -> Tensor | None:
-    """Keys that may be attended in the joined streams: bool (B, k+T), or None if all of them."""
+    """Keys that may be attended in the joined streams: bool (B, k+T), or None without text."""
     vision, text = streams
-    if text is None or text_mask.all():
+    if text is None:
         return None
     if vision is None:
         return text_mask

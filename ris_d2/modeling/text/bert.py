@@ -74,7 +74,7 @@ class BertStack(nn.Module):
         Returns:
             (E, L, dim)
         """
-        keep = None if text_mask.all() else text_mask[:, None, None, :]
+        keep = text_mask[:, None, None, :]
         for number in range(start, stop):
             layer = self.layers[number]
             if number in self.context_dims:

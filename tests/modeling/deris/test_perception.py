@@ -5,8 +5,13 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from ris_d2 import get_ris_cfg
-from ris_d2.modeling.deris.perception import MaskFeatures, PerceptionBranch
+from ris_d2.modeling.deris.perception import (
+    MaskFeatures,
+    PerceptionBranch,
+    upsample_and_pool,
+)
 from ris_d2.modeling.deris.pixel_decoder import PixelDecoder, level_positions
+from ris_d2.modeling.layers import Constants
 
 
 def tiny_cfg(**deris):
@@ -69,6 +74,7 @@ def test_mask_features_equal_the_convolution_of_a_concatenation():
         visual=F.conv2d(f_v, conv.weight[:, 8:]),
         level_visual=[],
         image_index=image_index,
+        upsample_and_pool=Constants(upsample_and_pool),
     )
     upsampled = F.interpolate(f_v, size=(18, 25), mode="bilinear", align_corners=False)
     f_m = conv(torch.cat([f_h4[image_index], upsampled], 1))
@@ -163,7 +169,7 @@ def test_pixel_decoder_shapes_and_positions():
     tokens, sizes, finest = decoder(features)
     assert sizes == [(2, 2), (3, 4), (5, 7)] and finest.shape == (2, 16, 9, 13)
     assert [x.shape for x in tokens] == [(2, 4, 16), (2, 12, 16), (2, 35, 16)]
-    sine, centres = level_positions(((1, 2), (2, 2)), 16, torch.device("cpu"))
+    centres, *sine = level_positions(((1, 2), (2, 2)), 16)
     assert [x.shape for x in sine] == [(2, 16), (4, 16)]
     expected = [[0.25, 0.5], [0.75, 0.5], [0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]
     assert centres.tolist() == expected

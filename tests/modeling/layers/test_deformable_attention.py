@@ -3,6 +3,7 @@ import torch.nn.functional as F
 
 from ris_d2.modeling.layers.deformable_attention import (
     MultiScaleDeformableAttention,
+    map_constants,
     weighted_samples,
 )
 
@@ -31,8 +32,9 @@ def test_samples_and_gradients_equal_grid_sample_inside_and_outside():
     weights = torch.randn(2, 6, 3, 2, 5, requires_grad=True)
     assert (points < 0).any() and (points > 8).any()
     results = []
-    for function in (weighted_samples, by_grid_sample):
-        out = function(values, SIZES, points, weights)
+    _, *constants = map_constants(SIZES, 3, 5)
+    for function, maps in ((weighted_samples, constants), (by_grid_sample, SIZES)):
+        out = function(values, maps, points, weights)
         seed = torch.arange(out.numel(), dtype=torch.float32).view(out.shape).sin()
         results.append([out, *torch.autograd.grad((out * seed).sum(), (values, points, weights))])
     for ours, expected in zip(*results, strict=True):
