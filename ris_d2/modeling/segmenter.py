@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.structures import Instances
+from detectron2.structures import BitMasks, Instances
 from torch import Tensor, nn
 
 from .layers import ExistenceHead, resize_maps
@@ -189,7 +189,7 @@ class ReferringSegmenter(nn.Module):
         masks = self._referred_masks(batched_inputs)
         losses = self.mask_losses(outputs, masks)
         if self.existence_head is not None:
-            exists = torch.cat([x["targets"].any(1) for x in batched_inputs]).to(self.device)
+            exists = self._move(torch.cat([x["targets"].any(1) for x in batched_inputs]))
             losses["loss_existence"] = self.existence_weight * F.binary_cross_entropy_with_logits(
                 outputs["existence_logits"].float(), exists.float(), reduction="none"
             )
@@ -287,8 +287,11 @@ class ReferringSegmenter(nn.Module):
 
     def _training_step(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
         image_index, input_ids, text_mask = self._collate_text(batched_inputs)
+        images, views = self._collate_images(batched_inputs)
+        # Before the forward pass: a GPU copies them while it computes, and the losses need not wait.
+        batched_inputs = [self._move_masks(x) for x in batched_inputs]
         with self._autocast():
-            features = self.encode_images(*self._collate_images(batched_inputs))
+            features = self.encode_images(images, views)
             outputs = self.segment(features, image_index, input_ids, text_mask)
             if self.existence_head is not None:
                 outputs["existence_logits"] = self.existence_head(outputs["sentence"])
@@ -357,24 +360,43 @@ class ReferringSegmenter(nn.Module):
 
     def _collate_images(self, batched_inputs: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
         height, width = self.input_size
-        images = self.pixel_mean.new_zeros(len(batched_inputs), 3, height, width)
-        for row, x in zip(images, batched_inputs, strict=True):
-            h, w = x["image"].shape[-2:]
+        sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
+        for (h, w), x in zip(sizes, batched_inputs, strict=True):
             if h > height or w > width:
                 raise ValueError(
                     f"{x.get('file_name', 'image')}: input of {h}x{w} exceeds "
                     f"INPUT.RIS.SIZE {height}x{width}"
                 )
-            row[:, :h, :w] = self._normalize(x["image"])
-        names = batched_inputs[0].get("views", {})
+        images = self._normalize(
+            [
+                F.pad(x["image"], (0, width - w, 0, height - h))
+                for (h, w), x in zip(sizes, batched_inputs, strict=True)
+            ]
+        )
+        for image, (h, w) in zip(images, sizes, strict=True):
+            image[:, h:], image[:, :, w:] = 0, 0  # the mean's colour, not black
         views = {
-            name: torch.stack([self._normalize(x["views"][name]) for x in batched_inputs])
-            for name in names
+            name: self._normalize([x["views"][name] for x in batched_inputs])
+            for name in batched_inputs[0].get("views", {})
         }
         return images, views
 
-    def _normalize(self, image: Tensor) -> Tensor:
-        return (image.to(self.device) - self.pixel_mean) / self.pixel_std
+    def _normalize(self, images: Sequence[Tensor]) -> Tensor:
+        """uint8 (3, H, W) each, one size -> float (B, 3, H, W) on the model's device."""
+        return (self._move(torch.stack(list(images))) - self.pixel_mean) / self.pixel_std
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        """To the model's device; the host does not wait for a GPU."""
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def _move_masks(self, inputs: dict) -> dict:
+        """The same inputs with gt_masks on the model's device."""
+        instances = inputs["instances"]
+        masks = BitMasks(self._move(instances.gt_masks.tensor))
+        fields = {**instances.get_fields(), "gt_masks": masks}
+        return {**inputs, "instances": Instances(instances.image_size, **fields)}
 
     def _collate_text(self, batched_inputs: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
         counts = torch.tensor([len(x["input_ids"]) for x in batched_inputs])
@@ -394,14 +416,14 @@ class ReferringSegmenter(nn.Module):
         if self.trims_text:
             length = int(text_mask.sum(1).max())
             input_ids, text_mask = input_ids[:, :length], text_mask[:, :length]
-        return tuple(x.to(self.device) for x in (image_index, input_ids, text_mask))
+        return tuple(self._move(x) for x in (image_index, input_ids, text_mask))
 
     def _referred_masks(self, batched_inputs: list[dict]) -> Tensor:
         """Union of each expression's instances: bool (sum E, H, W) at the padded input size."""
         height, width = self.input_size
         masks = []
         for x in batched_inputs:
-            targets = x["targets"].to(self.device)
+            targets = self._move(x["targets"])
             instances = x["instances"].gt_masks.tensor.to(self.device)
             union = targets.float() @ instances.flatten(1).float() > 0
             h, w = x["image"].shape[-2:]

@@ -106,7 +106,8 @@ class DeRISCriterion(nn.Module):
             existence_logits: (E,), before sigmoid; positive = a target exists.
             instance_masks: per unit bool (N, H, W) at the model's input size (padded if smaller), at
                 which losses are taken.
-            targets: per unit bool (E of the unit, N): which instances each expression refers to.
+            targets: per unit bool (E of the unit, N), on the CPU: which instances each expression
+                refers to.
             names: per unit, for messages.
 
         Returns:
@@ -127,7 +128,7 @@ class DeRISCriterion(nn.Module):
                 owners,
                 [name for name, size in zip(names, unit_sizes, strict=True) for _ in range(size)],
             )
-            expressions = owners[matched]
+            expressions = owners[matched]  # as they: on the CPU
             class_losses = self._class_losses(rounds, expressions, queries)
             mask_losses, dice_losses = self._mask_losses(
                 rounds, expressions, queries, masks, matched
@@ -169,11 +170,17 @@ class DeRISCriterion(nn.Module):
         """Two-class cross-entropy, weighted mean over all queries: round -> scalar."""
         numbers = [number for number, outputs in enumerate(rounds) if "class_logits" in outputs]
         logits = torch.stack([rounds[number]["class_logits"].float() for number in numbers])
-        labels = torch.ones(logits.shape[:3], dtype=torch.int64, device=logits.device)
-        slots = torch.arange(len(numbers), device=logits.device)[:, None]
+        # On the CPU, which knows them: a GPU's sum of weights would have to be waited for.
+        labels = torch.ones(logits.shape[:3], dtype=torch.int64)
+        slots = torch.arange(len(numbers))[:, None]
         labels[slots, expressions[numbers], queries[numbers]] = 0
-        weight = logits.new_tensor([1.0, self.not_referred_weight])
-        losses = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), weight, reduction="none")
+        weight = torch.tensor([1.0, self.not_referred_weight])
+        losses = F.cross_entropy(
+            logits.flatten(0, 2),
+            labels.flatten().to(logits.device, non_blocking=True),
+            weight.to(logits.device, non_blocking=True),
+            reduction="none",
+        )
         # All rounds match equally many queries: one normaliser.
         count = mean_over_processes(float(weight[labels[0]].sum()), logits.device)
         return dict(zip(numbers, losses.view(len(numbers), -1).sum(1) / count, strict=True))
@@ -187,6 +194,8 @@ class DeRISCriterion(nn.Module):
         matched: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy and dice on points: (R,), (R,)."""
+        indices = torch.stack([expressions, queries, matched])
+        expressions, queries, matched = indices.to(masks.device, non_blocking=True)
         logits = torch.cat(
             [
                 outputs["mask_logits"][e, q]
@@ -215,11 +224,11 @@ class DeRISCriterion(nn.Module):
 def _referred(
     instance_masks: Sequence[Tensor], targets: Sequence[Tensor], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Referred instances of all expressions: masks float (M, H, W), their expressions int64 (M,)."""
+    """Referred instances of all expressions: masks float (M, H, W), their expressions int64 (M,) on the CPU."""
     owners, masks, first = [], [], 0
     for unit_masks, unit_targets in zip(instance_masks, targets, strict=True):
-        expression, instance = unit_targets.to(device).nonzero(as_tuple=True)
+        expression, instance = unit_targets.cpu().nonzero(as_tuple=True)
         owners.append(first + expression)
-        masks.append(unit_masks.to(device)[instance])
+        masks.append(unit_masks.to(device)[instance.to(device, non_blocking=True)])
         first += len(unit_targets)
     return torch.cat(masks).float(), torch.cat(owners)

@@ -125,7 +125,7 @@ class DeRIS(ReferringSegmenter):
             outputs["rounds"],
             outputs["existence_logits"],
             masks,
-            [x["targets"].to(self.device) for x in batched_inputs],
+            [x["targets"] for x in batched_inputs],
             [str(x.get("file_name", x.get("image_id"))) for x in batched_inputs],
         )
 

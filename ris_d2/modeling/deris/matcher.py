@@ -38,11 +38,11 @@ class HungarianMatcher:
             rounds: R of them: "mask_logits" (E, Q, h, w); "class_logits" (E, Q, 2), class 0 =
                 referred, absent = matched by masks alone.
             masks: float (M, H, W) in {0, 1}, the referred instances of all expressions.
-            owners: int64 (M,), the expression of each, ascending.
+            owners: int64 (M,) on the CPU, the expression of each, ascending.
             names: per expression, of its image, for messages.
 
         Returns:
-            queries, instances: int64 (R, K) both: in round r, query ``queries[r, k]`` of expression
+            queries, instances: int64 (R, K) both, on the CPU: in round r, query ``queries[r, k]`` of expression
             ``owners[instances[r, k]]`` is matched to ``masks[instances[r, k]]``. K is the sum of
             min(Q, instances of the expression).
 
@@ -52,18 +52,26 @@ class HungarianMatcher:
         if not len(masks):
             nothing = owners.new_empty(len(rounds), 0)
             return nothing, nothing
-        costs = torch.stack([self._costs(outputs, masks, owners) for outputs in rounds]).cpu()
-        expressions = owners.cpu()
-        _check_finite(costs, expressions, names)
-        counts = expressions.bincount()
+        expressions, row = owners.unique_consecutive(return_inverse=True)
+        places = [x.to(masks.device, non_blocking=True) for x in (owners, expressions, row)]
+        # The one wait of a step for the GPU.
+        costs = torch.stack([self._costs(outputs, masks, *places) for outputs in rounds]).cpu()
+        _check_finite(costs, owners, names)
+        counts = owners.bincount()
         sizes = counts[counts > 0].tolist()
         matched = [_assign(round_costs, sizes) for round_costs in costs]
-        queries, instances = torch.tensor(matched, device=owners.device).unbind(1)
+        queries, instances = torch.tensor(matched).unbind(1)
         return queries, instances
 
-    def _costs(self, outputs: dict[str, Tensor], masks: Tensor, owners: Tensor) -> Tensor:
-        """(M, Q) costs of one round."""
-        expressions, row = owners.unique_consecutive(return_inverse=True)
+    def _costs(
+        self,
+        outputs: dict[str, Tensor],
+        masks: Tensor,
+        owners: Tensor,
+        expressions: Tensor,
+        row: Tensor,
+    ) -> Tensor:
+        """(M, Q) costs of one round; mask m is of expression owners[m] = expressions[row[m]]."""
         points = torch.rand(len(expressions), self.num_points, 2, device=masks.device)
         with torch.autocast(masks.device.type, enabled=False):
             logits = outputs["mask_logits"][expressions]
