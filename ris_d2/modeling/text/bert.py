@@ -7,7 +7,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..layers import init_xavier
-from . import TEXT_ENCODER_REGISTRY
+from .registry import TEXT_ENCODER_REGISTRY
 
 MAX_POSITIONS = 512
 

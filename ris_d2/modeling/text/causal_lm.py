@@ -3,7 +3,7 @@
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from . import TEXT_ENCODER_REGISTRY
+from .registry import TEXT_ENCODER_REGISTRY
 
 
 @TEXT_ENCODER_REGISTRY.register()

@@ -5,7 +5,7 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from . import TEXT_ENCODER_REGISTRY
+from .registry import TEXT_ENCODER_REGISTRY
 
 
 @TEXT_ENCODER_REGISTRY.register()
