@@ -26,14 +26,16 @@ class Constants(nn.ModuleDict):
     def forward(self, *sizes, device: torch.device) -> tuple[Tensor | None, ...]:
         """The tensors for ``sizes``, on ``device``."""
         key = str(sizes)
-        if key not in self:
-            if len(self) == self._max_kept:
-                del self[next(iter(self))]
-            self[key] = nn.Module()
+        kept = self._modules.get(key)
+        if kept is None:
+            kept = nn.Module()
             # Inference tensors would be of no use to a training that follows.
             with torch.inference_mode(False):
                 made = self._make(*sizes)
                 for number, tensor in enumerate([made] if isinstance(made, Tensor) else made):
                     moved = None if tensor is None else tensor.to(device)
-                    self[key].register_buffer(str(number), moved, persistent=False)
-        return tuple(self[key]._buffers.values())
+                    kept.register_buffer(str(number), moved, persistent=False)
+            if len(self) >= self._max_kept:
+                self._modules.pop(next(iter(self)), None)
+            self[key] = kept  # whole: another thread may be asking
+        return tuple(kept._buffers.values())
