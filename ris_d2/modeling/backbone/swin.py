@@ -30,7 +30,7 @@ _FEATURES = ("res2", "res3", "res4", "res5")
 _MASKED = -100.0
 
 
-def _partition(size: Size, window: int, shift: int) -> Partition:
+def window_partition(size: Size, window: int, shift: int) -> Partition:
     """Where the tokens of an (h, w) map lie in padded, cyclically shifted windows of M x M.
 
     Returns:
@@ -79,7 +79,7 @@ class WindowAttention(nn.Module):
         self.register_buffer("relative_position_index", index.flatten(), persistent=False)
 
     def forward(self, tokens: Tensor, partition: Partition) -> Tensor:
-        """(B, h * w, dim), ``_partition`` of the map with this window and shift -> (B, h * w, dim)"""
+        """(B, h * w, dim), ``window_partition`` of map, window, shift -> (B, h * w, dim)"""
         batch, area = len(tokens), self.window_size**2
         token_at, place_of, mask = partition
         # Padding is zero before the projection, so that its query, key and value are the bias:
@@ -244,7 +244,7 @@ class RISSwin(Backbone):
                 if name in out_features
             }
         )
-        self.partitions = Constants(_partition, max_kept=64)
+        self.partitions = Constants(window_partition, max_kept=64)
         self.apply(_init_weights)
 
     @classmethod

@@ -3,7 +3,7 @@ import torch
 
 from ris_d2 import get_ris_cfg
 from ris_d2.modeling.backbone import RISSwin
-from ris_d2.modeling.backbone.swin import SwinBlock
+from ris_d2.modeling.backbone.swin import SwinBlock, window_partition
 
 TINY = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 4), "window_size": 3}
 
@@ -89,10 +89,10 @@ def test_piece_by_piece_and_chosen_outputs():
 def test_drop_path_drops_attention_and_mlp_of_a_sample():
     torch.manual_seed(0)
     block = SwinBlock(dim=8, num_heads=2, window_size=3, shift=1, drop_path=0.5)
-    tokens = torch.randn(64, 12, 8)
+    tokens, partition = torch.randn(64, 12, 8), window_partition((3, 4), 3, 1)
     with torch.no_grad():
-        kept = block.eval()(tokens, (3, 4))
-        out = block.train()(tokens, (3, 4))
+        kept = block.eval()(tokens, partition)
+        out = block.train()(tokens, partition)
     untouched = (out == tokens).flatten(1).all(1)
     assert 4 <= untouched.sum() <= 32  # both branches dropped: a quarter of the samples
     assert not (kept == tokens).flatten(1).all(1).any()
