@@ -14,7 +14,7 @@ from ris_d2.refshapes import write_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ["train_net.py", "tools/attention/main.py"] + sorted(
-    f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py") if path.name != "_program.py"
+    f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py") if not path.name.startswith("_")
 )
 NO_TORCH = """
 import runpy, sys

@@ -38,14 +38,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from tabulate import tabulate
-
-from ris_d2.evaluation.errors import (
+from _errors import (
     SIZE_EDGES,
     attribute_loss,
     by_target_size,
     read_per_expression,
 )
+from tabulate import tabulate
+
 from ris_d2.evaluation.report import finite_or_null
 from ris_d2.io import atomic_write
 

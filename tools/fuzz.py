@@ -67,6 +67,7 @@ import cv2
 import numpy as np
 import torch
 import yaml
+from _errors import read_per_expression
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
@@ -84,7 +85,6 @@ from ris_d2.data.ris_json import load_ris_json
 from ris_d2.data.tokenizer import Tokenizer
 from ris_d2.engine.follow import read_history
 from ris_d2.evaluation import score_predictions
-from ris_d2.evaluation.errors import read_per_expression
 from ris_d2.io import load_json, load_pickle, reading
 from ris_d2.masks import encode, rasterize
 

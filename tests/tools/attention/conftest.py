@@ -1,11 +1,9 @@
-"""The package tools/attention, and the small models of the methods' own tests."""
+"""The small models of the methods' own tests."""
 
 import runpy
-import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parents[2]
-sys.path.append(str(TESTS.parent / "tools"))  # as Python has it for a script's own folder
 
 
 def _fixtures(room: str) -> dict:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..io import reading
+from ris_d2.io import reading
 
 # Of the size ratio, with the small ones, where the trouble is, apart.
 SIZE_EDGES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)

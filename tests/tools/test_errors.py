@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from ris_d2.evaluation.errors import attribute_loss, by_target_size, read_per_expression
+from _errors import attribute_loss, by_target_size, read_per_expression
 
 FIELDS = ("gIoU", "IoU", "num_targets", "no_target", "area_ratio", "oracle_IoU")
 ROWS = [
