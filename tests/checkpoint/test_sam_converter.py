@@ -15,7 +15,7 @@ from transformers import (
 from ris_d2 import load_config
 from ris_d2.checkpoint import RISCheckpointer, convert_state_dict, load_init
 from ris_d2.modeling.backbone import RISSAMViT
-from ris_d2.modeling.risam.sam_decoder import SAMMaskDecoder
+from ris_d2.modeling.risam.variants import SAMMaskDecoder
 
 # transformers' names -> the released ones.
 TO_RELEASED = {

@@ -4,7 +4,7 @@ from detectron2.modeling import build_model
 
 from ris_d2 import get_ris_cfg
 from ris_d2.modeling.shared_ris import SharedRIS
-from ris_d2.modeling.shared_ris.fusion import BiDirection, CrossAttention
+from ris_d2.modeling.shared_ris.variants import BiDirection, CrossAttention
 
 ABLATIONS = [
     [],

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ris_d2.modeling.asda import ASDA
 from ris_d2.modeling.risam import RISAM
-from ris_d2.modeling.risam.fusion import TransformerEncoder
+from ris_d2.modeling.risam.variants import TransformerEncoder
 from ris_d2.modeling.segmenter import ReferringSegmenter
 from ris_d2.modeling.shared_ris import SharedRIS
 from ris_d2.modeling.shared_ris.fpn import SharedFPN

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ris_d2 import load_config
 from ris_d2.checkpoint import convert_state_dict
-from ris_d2.modeling.vipa.encoders import build_encoder
+from ris_d2.modeling.vipa.variants import build_encoder
 
 SOURCE = Source("yubin1219/CrossVLT", "e0e32546a470be805fed0ed01c2fcbeb0c73d27c", "CrossVLT.py")
 CONFIG = Path(__file__).parents[2] / "configs" / "vipa_swin_b.yaml"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from comparison import Source, Table, randomise, run, stub
 
-from ris_d2.modeling.shared_ris.other_fpns import PixelWordAttention
+from ris_d2.modeling.shared_ris.variants import PixelWordAttention
 
 SOURCE = Source("yz93/LAVT-RIS", "1da0af9f21b637c0cae9ea1363d2dd9b40e19628", "lib/backbone.py")
 DIM, PIXELS, WORDS = 768, 900, 20

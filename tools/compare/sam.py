@@ -15,7 +15,7 @@ from comparison import Source, Table, randomise, run
 from ris_d2.checkpoint import convert_state_dict
 from ris_d2.modeling.backbone.sam_vit import RISSAMViT
 from ris_d2.modeling.risam.mutual_aware_attention import MutualFeatures
-from ris_d2.modeling.risam.sam_decoder import SAMMaskDecoder
+from ris_d2.modeling.risam.variants import SAMMaskDecoder
 
 SOURCE = Source(
     "facebookresearch/segment-anything",

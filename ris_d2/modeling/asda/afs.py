@@ -1,6 +1,6 @@
 """Adaptive Feature Selection (Eq. 1 to 3): the sentence chooses layers of the vision encoder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,20 +30,20 @@ class AdaptiveFeatureSelection(nn.Module):
         vision_dim: int,
         text_dim: int,
         levels: dict[str, Sequence[int]],
-        network: str = "linear",
-        mode: str = "hard",
+        network: Callable[..., nn.Module],
+        mode: str,
     ):
         """
         Args:
             levels: name -> candidate layers (1-based). One candidate is a manual choice: nothing is
                 built for it.
-            network: Phi_as, see ``build_network``.
+            network: dim, candidates -> Phi_as, scores (E, K, dim) of Eq. 1 -> logits (E, K).
             mode: hard (as released: no gradient reaches the scores, they stay as they were
                 initialised, and are frozen), straight_through (hard forward, soft backward) or soft
                 (a mixture of the candidates).
 
         Raises:
-            ValueError: for an unknown network or mode.
+            ValueError: for an unknown mode.
         """
         super().__init__()
         if mode not in ("hard", "straight_through", "soft"):
@@ -57,10 +57,7 @@ class AdaptiveFeatureSelection(nn.Module):
         chosen = {name: layers for name, layers in self.levels.items() if len(layers) > 1}
         self.project = nn.Linear(vision_dim, text_dim, bias=False) if chosen else None  # Phi_T
         self.networks = nn.ModuleDict(
-            {
-                name: build_network(network, dim=text_dim, candidates=len(layers))
-                for name, layers in chosen.items()
-            }
+            {name: network(dim=text_dim, candidates=len(layers)) for name, layers in chosen.items()}
         )
         if mode == "hard":
             self.requires_grad_(False)
@@ -125,46 +122,6 @@ class AdaptiveFeatureSelection(nn.Module):
             cls = torch.stack([states[layer - 1][:, 0] for layer in layers], 1).float()
             sentence = torch.stack([sentences[layer - 1] for layer in layers], 1).float()
             return self.networks[name](self.project(cls)[image_index] * sentence)
-
-
-def build_network(name: str, *, dim: int, candidates: int) -> nn.Module:
-    """Build Phi_as: scores (E, K, dim) of Eq. 1 -> logits (E, K) (Table 5).
-
-    - linear: one Linear(dim, 1) for every candidate, as released (its bias would cancel).
-    - concat: Linear(K dim, K) on the concatenation, Eq. 2 to the letter.
-    - conv: a convolution of width 3 over the candidates. Ours; nothing of it is released.
-    - mlp: K dim -> 1024 -> 256 -> K on the concatenation; widths of a comment in the released code.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    wide = candidates * dim
-    if name == "linear":
-        return nn.Sequential(nn.Linear(dim, 1, bias=False), nn.Flatten())
-    if name == "concat":
-        return nn.Sequential(nn.Flatten(), nn.Linear(wide, candidates))
-    if name == "conv":
-        return CandidateConv(dim=dim)
-    if name == "mlp":
-        return nn.Sequential(
-            nn.Flatten(),
-            *(nn.Linear(wide, 1024), nn.ReLU()),
-            *(nn.Linear(1024, 256), nn.ReLU()),
-            nn.Linear(256, candidates),
-        )
-    raise ValueError(f"MODEL.ASDA.SELECTION.NETWORK is {name!r}, not linear, concat, conv or mlp")
-
-
-class CandidateConv(nn.Module):
-    """Each candidate's logit sees its neighbours."""
-
-    def __init__(self, *, dim: int):
-        super().__init__()
-        self.conv = nn.Conv1d(dim, 1, 3, padding=1, bias=False)
-
-    def forward(self, scores: Tensor) -> Tensor:
-        """(E, K, dim) -> (E, K)"""
-        return self.conv(scores.transpose(1, 2)).squeeze(1)
 
 
 def _to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -1,5 +1,6 @@
 """ASDA: "Adaptive Selection based Referring Image Segmentation" (Yue et al., ACM MM 2024)."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from .afs import AdaptiveFeatureSelection, Selected
 from .attention import LocalVisualAttention, WordGuidedAttention
 from .blocks import ConvBlock, Norm
 from .decoder import SegmentationDecoder
-from .sfa import GlobalFusion, build_aggregator
+from .sfa import GlobalFusion
+from .variants import build_aggregator, build_network
 from .wcg import CoefficientGenerator
 
 
@@ -123,7 +125,7 @@ class ASDA(ReferringSegmenter):
                 vision_dim=vision.dim,
                 text_dim=text.dim,
                 levels=levels if asda.AGGREGATOR != "none" else {},
-                network=asda.SELECTION.NETWORK,
+                network=partial(build_network, asda.SELECTION.NETWORK),
                 mode=asda.SELECTION.MODE,
             ),
             "fusion": GlobalFusion(vision_dim=vision.dim, text_dim=text.dim, norm=norm),

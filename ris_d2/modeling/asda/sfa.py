@@ -1,6 +1,5 @@
 """Fusion with the sentence and the Scale-wise Feature Aggregator (Eq. 4 and 5)."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -91,74 +90,6 @@ class ScaleWiseAggregator(nn.Module):
         x = _double(x) + self.lateral["mid"](self.mid(mid.features))[mid.rows]
         x = _double(x) + self.lateral["low"](self.low(low.features))[low.rows]
         return F.max_pool2d(self.out(x), 4)
-
-
-class DownscaleAggregator(nn.Module):
-    """The Scale-wise Feature Aggregator of Eq. 5: middle / 2, low / 4, summed from the bottom up.
-
-    Eq. 5 does not say how levels shrink and grow: by average pooling (uneven rests kept, as 26 is no
-    multiple of 4) and nearest neighbours.
-    """
-
-    def __init__(self, *, vision_dim: int, dim: int, lateral_dim: int = 32):
-        super().__init__()
-        self.low = nn.Conv2d(vision_dim, lateral_dim, 1)
-        self.mid = nn.Sequential(nn.Conv2d(vision_dim, lateral_dim, 1), nn.ReLU())
-        self.top = nn.Sequential(nn.Conv2d(vision_dim, lateral_dim, 1), nn.ReLU())
-        self.out = nn.Conv2d(lateral_dim, dim, 3, padding=1)
-
-    def forward(self, fused: Tensor, selected: dict[str, Selected]) -> Tensor:
-        """As ``ScaleWiseAggregator``."""
-        mid, low = selected["mid"], selected["low"]
-        x = self.mid(F.avg_pool2d(mid.features, 2, ceil_mode=True))[mid.rows]
-        bottom = self.low(F.avg_pool2d(low.features, 4, ceil_mode=True))[low.rows]
-        x = x + F.interpolate(bottom, size=x.shape[-2:], mode="nearest")
-        return self.out(self.top(fused) + F.interpolate(x, size=fused.shape[-2:], mode="nearest"))
-
-
-class ConcatAggregator(nn.Module):
-    """Concatenation and projection on one scale, after CRIS (Table 2 b and c)."""
-
-    def __init__(self, *, vision_dim: int, dim: int, norm: Norm):
-        super().__init__()
-        self.mid = ConvBlock(vision_dim, vision_dim, kernel=1, norm=norm)
-        self.mid_out = ConvBlock(2 * vision_dim, vision_dim, kernel=1, norm=norm)
-        self.low = ConvBlock(vision_dim, vision_dim, kernel=1, norm=norm)
-        self.low_out = ConvBlock(2 * vision_dim, dim, kernel=1, norm=norm)
-
-    def forward(self, fused: Tensor, selected: dict[str, Selected]) -> Tensor:
-        """As ``ScaleWiseAggregator``."""
-        mid, low = selected["mid"], selected["low"]
-        x = self.mid_out(torch.cat([fused, self.mid(mid.features)[mid.rows]], 1))
-        return self.low_out(torch.cat([x, self.low(low.features)[low.rows]], 1))
-
-
-class TopOnly(nn.Module):
-    """F_G alone (Table 2 a)."""
-
-    def __init__(self, *, vision_dim: int, dim: int, norm: Norm):
-        super().__init__()
-        self.project = ConvBlock(vision_dim, dim, kernel=1, norm=norm)
-
-    def forward(self, fused: Tensor, selected: dict[str, Selected]) -> Tensor:
-        """As ``ScaleWiseAggregator``; nothing is selected."""
-        return self.project(fused)
-
-
-def build_aggregator(name: str, *, vision_dim: int, dim: int, norm: Norm) -> nn.Module:
-    """Build what MODEL.ASDA.AGGREGATOR names.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    if name == "paper":
-        return DownscaleAggregator(vision_dim=vision_dim, dim=dim)
-    kinds = {"released": ScaleWiseAggregator, "concat": ConcatAggregator, "none": TopOnly}
-    if name not in kinds:
-        raise ValueError(
-            f"MODEL.ASDA.AGGREGATOR is {name!r}, not one of {sorted((*kinds, 'paper'))}"
-        )
-    return kinds[name](vision_dim=vision_dim, dim=dim, norm=norm)
 
 
 def _double(x: Tensor) -> Tensor:

@@ -128,6 +128,23 @@ class MutualAwareAttention(nn.Module):
         return weights
 
 
+class AttentionBlocks(nn.Module):
+    """Mutual-Aware Attention blocks in sequence; each has its own weights."""
+
+    def __init__(self, *, blocks: list[MutualAwareAttention]):
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(
+        self, regions: Tensor, words: Tensor, text_mask: Tensor, grid: tuple[int, int]
+    ) -> MutualFeatures:
+        """Regions (E, h w, dim), words (E, L, word_dim), bool (E, L), (h, w) -> those of the last block."""
+        features = MutualFeatures(regions, words)
+        for block in self.blocks:
+            features = block(features.regions, features.words, text_mask)
+        return features
+
+
 def _masked_softmax(scores: Tensor, keep: Tensor) -> Tensor:
     """Softmax over the last dimension where ``keep``; zeros in rows that keep nothing."""
     scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)

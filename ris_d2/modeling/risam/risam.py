@@ -13,10 +13,8 @@ from ..losses import mask_dice, mask_focal
 from ..segmenter import ReferringSegmenter
 from ..text import build_text_encoder
 from .decoder import MutualAwareMaskDecoder
-from .feature_enhancement import build_feature_enhancement
-from .fusion import build_fusion
 from .mutual_aware_attention import MutualFeatures
-from .sam_decoder import SAMMaskDecoder
+from .variants import SAMMaskDecoder, build_decoder, build_feature_enhancement, build_fusion
 
 
 @META_ARCH_REGISTRY.register()
@@ -137,7 +135,7 @@ class RISAM(ReferringSegmenter):
                 norm=norm,
                 words_are_read=has_words,
             ),
-            "decoder": _build_decoder(cfg, norm),
+            "decoder": build_decoder(cfg, norm),
             "in_features": risam.IN_FEATURES,
             "stride": risam.STRIDE,
             "mask_pad": risam.MASK_PAD,
@@ -179,34 +177,6 @@ class RISAM(ReferringSegmenter):
         seen = text_mask if self.mask_pad else torch.ones_like(text_mask)
         regions = features[image_index].flatten(2).transpose(1, 2)
         return self.fusion(regions, words, seen, self.grid), seen
-
-
-def _build_decoder(cfg: CfgNode, norm: str) -> MutualAwareMaskDecoder | SAMMaskDecoder:
-    risam, dec = cfg.MODEL.RISAM, cfg.MODEL.RISAM.DEC
-    if dec.TYPE == "sam":
-        if cfg.MODEL.RIS.NO_TARGET == "head":
-            raise ValueError(
-                "MODEL.RIS.NO_TARGET head needs RISAM's query token; with MODEL.RISAM.DEC.TYPE sam "
-                "there is none or area"
-            )
-        return SAMMaskDecoder(dim=risam.DIM, num_heads=dec.NUM_HEADS)
-    if dec.TYPE != "mutual":
-        raise ValueError(f"MODEL.RISAM.DEC.TYPE is {dec.TYPE!r}, not mutual or sam")
-    if dec.NORM not in ("none", "LN"):
-        raise ValueError(f"MODEL.RISAM.DEC.NORM is {dec.NORM!r}, not none or LN")
-    return MutualAwareMaskDecoder(
-        dim=risam.DIM,
-        num_heads=dec.NUM_HEADS,
-        num_blocks=dec.NUM_BLOCKS,
-        out_proj=dec.OUT_PROJ,
-        layer_norm=dec.NORM == "LN",
-        ffn_dim=dec.FFN_DIM,
-        dropout=dec.DROPOUT,
-        toi_a=dec.TOI_A,
-        elg=dec.ELG,
-        up_dims=dec.UP_DIMS,
-        norm=norm,
-    )
 
 
 class SinePositions(nn.Module):

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from ..layers import MLP
 from ..layers.multiway import Streams, join, split
-from .fusion import ResidualMLP, build_fusion
+from .fusion import ResidualMLP
+from .variants import build_fusion
 
 
 class SharedMaskDecoder(nn.Module):

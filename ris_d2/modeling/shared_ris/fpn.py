@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.multiway import ModalityPair, Streams
-from .fusion import build_fusion
+from .variants import build_fusion
 
 
 class SharedFPN(nn.Module):
@@ -27,7 +27,7 @@ class SharedFPN(nn.Module):
             stages: encoder layers j (1-based), in increasing order.
             in_dim: d of the encoder.
             dim: d_w.
-            fusion: self, cross or bi; see fusion.py.
+            fusion: self, cross or bi; see Table VII b.
             proj_per_modality: W_j apart for vision and text tokens.
         """
         super().__init__()
@@ -51,16 +51,3 @@ class SharedFPN(nn.Module):
         ]
         vision, text = zip(*levels, strict=True)
         return self.merge(torch.cat(vision, -1)), self.merge(torch.cat(text, -1))  # z, Eq. 7
-
-
-class LastLayer(nn.Module):
-    """Without FPN (Table III, VII a): the last encoder layer, projected to d_w."""
-
-    def __init__(self, *, depth: int, in_dim: int, dim: int, proj_per_modality: bool):
-        super().__init__()
-        self.stages = (depth,)
-        self.projection = ModalityPair(lambda: nn.Linear(in_dim, dim), shared=not proj_per_modality)
-
-    def forward(self, states: Mapping[int, Streams], text_mask: Tensor) -> Streams:
-        """As SharedFPN; ``text_mask`` plays no part."""
-        return self.projection(states[self.stages[0]])

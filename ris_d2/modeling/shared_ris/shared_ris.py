@@ -11,8 +11,8 @@ from ..layers import init_xavier, resize_maps
 from ..losses import mask_bce, mask_dice
 from ..segmenter import ReferringSegmenter
 from .decoder import SharedMaskDecoder
-from .fpn import LastLayer, SharedFPN
-from .other_fpns import CRISFPN, PixelWordFPN
+from .fpn import SharedFPN
+from .variants import CRISFPN, LastLayer, PixelWordFPN
 
 
 @META_ARCH_REGISTRY.register()

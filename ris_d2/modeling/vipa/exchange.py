@@ -1,10 +1,9 @@
-"""How vision and language meet inside the encoders (CrossVLT's early fusion, VIPA's late baseline)."""
+"""How vision and language meet inside the encoders (CrossVLT's early fusion)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import instance_norm
-from .attention import AttentionBlock
 
 HEAD_DIM = 64
 
@@ -94,21 +93,6 @@ class StageFusion(nn.Module):
             self.gate = Gate(dim=vision_dim)
             self.read_down = VisionReadsLanguage(vision_dim=down, text_dim=text_dim, dim=down)
             self.gate_down = Gate(dim=down)
-
-
-class LateFusion(nn.Module):
-    """One exchange on the last features of both encoders, each side reading the other's input."""
-
-    def __init__(self, *, vision_dim: int, text_dim: int, num_heads: int):
-        super().__init__()
-        self.vision = AttentionBlock(
-            dim=vision_dim, context_dim=text_dim, attention_dim=text_dim, num_heads=num_heads
-        )
-        self.text = AttentionBlock(dim=text_dim, context_dim=vision_dim, num_heads=num_heads)
-
-    def forward(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(E, N, vision_dim), (E, L, text_dim), bool (E, L) -> the same shapes."""
-        return self.vision(vision, text, text_mask), self.text(text, vision)
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -179,27 +179,3 @@ class VisualExpressionGenerator(nn.Module):
             cues &= input_ids != token_id
         # A sentence of nothing but excluded words keeps them.
         return cues | (text_mask & ~cues.any(1, keepdim=True))
-
-
-class LinguisticExpression(nn.Module):
-    """Language as keys and values (Table V), with layers that make up for the generator's size."""
-
-    def __init__(self, *, text_dim: int, dim: int, num_heads: int, num_layers: int):
-        """
-        Args:
-            num_layers: self-attention blocks; two have 14.2 M parameters, the generator 16.3 M.
-        """
-        super().__init__()
-        self.project = nn.Linear(text_dim, dim)
-        self.layers = nn.ModuleList(
-            AttentionBlock(dim=dim, num_heads=num_heads) for _ in range(num_layers)
-        )
-
-    def forward(
-        self, vision: Tensor, text: Tensor, input_ids: Tensor, text_mask: Tensor
-    ) -> Expression:
-        """As VisualExpressionGenerator, of which ``vision`` and ``input_ids`` are not read."""
-        tokens = self.project(text)
-        for layer in self.layers:
-            tokens = layer(tokens, keep=text_mask)
-        return Expression(tokens=tokens, keep=text_mask)

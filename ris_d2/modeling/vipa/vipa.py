@@ -11,8 +11,9 @@ from ..layers import init_xavier, resize_maps
 from ..losses import mask_bce, mask_dice
 from ..segmenter import ReferringSegmenter
 from .decoder import VIPADecoder
-from .encoders import BEiT3Encoder, EarlyFusion, SeparateEncoders, build_encoder
-from .generator import LinguisticExpression, VisualExpressionGenerator
+from .encoders import EarlyFusion
+from .generator import VisualExpressionGenerator
+from .variants import BEiT3Encoder, LinguisticExpression, SeparateEncoders, build_encoder
 
 _RELEVANCE_LOSSES = ("contrastive", "threshold", "none")
 

@@ -6,9 +6,8 @@ from torch import nn
 
 from ris_d2.modeling.risam.decoder import MutualAwareMaskDecoder
 from ris_d2.modeling.risam.feature_enhancement import FeatureEnhancement
-from ris_d2.modeling.risam.fusion import build_fusion
 from ris_d2.modeling.risam.mutual_aware_attention import MutualFeatures
-from ris_d2.modeling.risam.sam_decoder import SAMMaskDecoder
+from ris_d2.modeling.risam.variants import SAMMaskDecoder, build_fusion
 
 MASK = torch.tensor([[True, True, True, True], [True, True, False, False]])
 

@@ -1,4 +1,4 @@
-"""The FPNs of other methods in place of the Shared FPN (Table IV): CRIS's and LAVT's."""
+"""What Shared-RIS' tables swap in: other ways for the modalities to meet, other FPNs."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,8 +7,81 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, get_norm
 from torch import Tensor, nn
 
-from ..layers import instance_norm
-from ..layers.multiway import Streams
+from ..layers import MultiheadAttention, instance_norm
+from ..layers.multiway import ModalityPair, Streams
+from .fusion import ResidualMLP, SharedSelfAttention
+
+
+class CrossAttention(nn.Module):
+    """Vision attends text and text attends vision, with one set of weights."""
+
+    def __init__(self, *, dim: int, num_heads: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.attention = MultiheadAttention(dim=dim, num_heads=num_heads)
+
+    def forward(self, streams: Streams, text_mask: Tensor) -> Streams:
+        vision, text = streams
+        v, t = self.norm(vision), self.norm(text)
+        return vision + self.attention(v, t, text_mask), text + self.attention(t, v)
+
+
+class BiDirection(nn.Module):
+    """Grounding DINO's enhancer (Fig. 5): self-attention per modality, both cross-attentions, two MLPs."""
+
+    def __init__(self, *, dim: int, num_heads: int, mlp_ratio: int = 4):
+        super().__init__()
+        self.vision_self = SharedSelfAttention(dim=dim, num_heads=num_heads)
+        self.text_self = SharedSelfAttention(dim=dim, num_heads=num_heads)
+        self.vision_from_text = _CrossBlock(dim=dim, num_heads=num_heads)
+        self.text_from_vision = _CrossBlock(dim=dim, num_heads=num_heads)
+        self.vision_mlp = ResidualMLP(dim=dim, mlp_ratio=mlp_ratio)
+        self.text_mlp = ResidualMLP(dim=dim, mlp_ratio=mlp_ratio)
+
+    def forward(self, streams: Streams, text_mask: Tensor) -> Streams:
+        vision, _ = self.vision_self((streams[0], None), text_mask)
+        _, text = self.text_self((None, streams[1]), text_mask)
+        attended_vision = self.vision_from_text(vision, text, text_mask)
+        attended_text = self.text_from_vision(text, vision, None)
+        return self.vision_mlp(attended_vision), self.text_mlp(attended_text)
+
+
+class _CrossBlock(nn.Module):
+    def __init__(self, *, dim: int, num_heads: int):
+        super().__init__()
+        self.query_norm = nn.LayerNorm(dim)
+        self.context_norm = nn.LayerNorm(dim)
+        self.attention = MultiheadAttention(dim=dim, num_heads=num_heads)
+
+    def forward(self, query: Tensor, context: Tensor, keep: Tensor | None) -> Tensor:
+        return query + self.attention(self.query_norm(query), self.context_norm(context), keep)
+
+
+_FUSIONS = {"self": SharedSelfAttention, "cross": CrossAttention, "bi": BiDirection}
+
+
+def build_fusion(name: str, *, dim: int, num_heads: int) -> nn.Module:
+    """Build the fusion module called ``name``: (streams, text_mask) -> streams.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in _FUSIONS:
+        raise ValueError(f"unknown fusion {name!r}; Shared-RIS has {sorted(_FUSIONS)}")
+    return _FUSIONS[name](dim=dim, num_heads=num_heads)
+
+
+class LastLayer(nn.Module):
+    """Without FPN (Table III, VII a): the last encoder layer, projected to d_w."""
+
+    def __init__(self, *, depth: int, in_dim: int, dim: int, proj_per_modality: bool):
+        super().__init__()
+        self.stages = (depth,)
+        self.projection = ModalityPair(lambda: nn.Linear(in_dim, dim), shared=not proj_per_modality)
+
+    def forward(self, states: Mapping[int, Streams], text_mask: Tensor) -> Streams:
+        """As SharedFPN; ``text_mask`` plays no part."""
+        return self.projection(states[self.stages[0]])
 
 
 class CRISFPN(nn.Module):
