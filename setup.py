@@ -15,7 +15,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["ris_d2", "ris_d2.*"]),
-    package_data={"ris_d2": ["py.typed"], "ris_d2.data": ["*.json"]},
+    package_data={
+        "ris_d2": ["py.typed"],
+        "ris_d2.data": ["*.json"],
+        "ris_d2.example": ["*.yaml", "*.png", "*.safetensors", "tokenizer/*"],
+    },
     install_requires=[
         # Earlier ones run code or damage memory while they read a hostile checkpoint, even with
         # weights_only=True: CVE-2025-32434 (before 2.6), CVE-2026-24747 (before 2.10).

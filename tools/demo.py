@@ -1,10 +1,13 @@
 #!/usr/bin/env python
 """Segment what sentences refer to in images.
 
+    python tools/demo.py
     python tools/demo.py --config-file configs/shared_ris_beit3_b.yaml --weights model_best.pth \
         --image street.jpg --text "the left man" --text "the red cars" --output out
 
-writes into the output directory, for the sentences 0, 1, ...:
+Without --config-file the model is the small one that comes with ris_d2 and knows RefShapes alone, and
+what --image and --text do not say is its own scene and sentences. It writes into the output directory,
+for the sentences 0, 1, ...:
 
     0_overlay.png   the image with the mask painted on it (unchanged where the answer is "nothing")
     0_mask.png      0 and 255 at the image's size
@@ -24,21 +27,28 @@ from _program import Parser, load, run
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_config_file(required=True)
+    parser.add_config_file()
     parser.add_argument("--weights", metavar="FILE", help="a checkpoint; the same as MODEL.WEIGHTS")
     parser.add_argument(
         "--image",
-        required=True,
         action="append",
         metavar="PATH",
         help="a file, or a folder of .jpg and .png files; may be given several times",
     )
-    parser.add_argument("--text", required=True, action="append", help="may be given several times")
-    parser.add_argument("--output", required=True, metavar="DIRECTORY", help="made if absent")
+    parser.add_argument("--text", action="append", help="may be given several times")
+    parser.add_argument(
+        "--output",
+        default=os.path.join("output", "demo"),
+        metavar="DIRECTORY",
+        help="made if absent",
+    )
     parser.add_argument(
         "--untrained", action="store_true", help="go on without a checkpoint, with random weights"
     )
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.config_file and not (args.image and args.text):
+        parser.error("a model of your own needs --image and --text")
+    return args
 
 
 if __name__ == "__main__":
@@ -47,6 +57,7 @@ if __name__ == "__main__":
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
+from ris_d2 import example
 from ris_d2.io import atomic_write
 from ris_d2.masks import encode
 from ris_d2.predictor import Predictor, load_rgb
@@ -58,6 +69,9 @@ EXTENSIONS = (".jpg", ".jpeg", ".png")
 def main(arguments: list[str] | None = None) -> None:
     """Parse ``arguments`` (default: the command line), predict, write the files, print a table."""
     args = parse(arguments)
+    if not args.config_file:
+        args.config_file, args.opts = example.CONFIG_FILE, [*example.OPTIONS, *args.opts]
+        args.image, args.text = args.image or [example.SCENE], args.text or example.SENTENCES
     weights = ["MODEL.WEIGHTS", args.weights] if args.weights else []
     cfg = load(args, options=weights)
     if not cfg.MODEL.WEIGHTS and not args.untrained:

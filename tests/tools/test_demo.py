@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from ris_d2 import example
+
 
 @pytest.fixture
 def photo(tmp_path):
@@ -65,3 +67,10 @@ def test_text_is_needed(load_tool, tiny_config, photo, tmp_path, capsys):
             ["--config-file", tiny_config, "--image", photo, "--output", str(tmp_path / "out")]
         )
     assert "--text" in capsys.readouterr().err
+
+
+def test_demo_without_arguments_draws_it(load_tool, tmp_path, capsys):
+    load_tool("demo").main(["--output", str(tmp_path)])
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert [result["text"] for result in report["results"]] == list(example.SENTENCES)
+    assert (tmp_path / "0_overlay.png").exists() and "nothing" in capsys.readouterr().out
