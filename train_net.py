@@ -35,10 +35,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--machine-rank", type=int, default=0, help="number of this machine, from 0"
     )
-    # As detectron2's: the same at each start, so that orphaned processes are noticed.
-    port = 2**15 + 2**14 + hash(os.getuid()) % 2**14
     parser.add_argument(
-        "--dist-url", default=f"tcp://127.0.0.1:{port}", metavar="URL", help="where processes meet"
+        "--dist-url",
+        default="auto",
+        metavar="URL",
+        help="where processes meet; auto: a free port of this machine",
     )
     return parser.parse_args(arguments)
 
@@ -68,15 +69,19 @@ def warn_of_smaller_batch(recipe: CfgNode, cfg: CfgNode) -> None:
     """Warn when options shrink the recipe's total batch and keep its learning rate."""
     planned, actual = recipe.SOLVER.IMS_PER_BATCH, cfg.SOLVER.IMS_PER_BATCH
     if actual < planned and cfg.SOLVER.BASE_LR == recipe.SOLVER.BASE_LR:
+        iterations = ""  # a length in epochs follows the batch by itself
+        if not cfg.SOLVER.RIS.EPOCHS:
+            same = cfg.SOLVER.MAX_ITER * planned // actual
+            iterations = f" and MAX_ITER ({same} for the same epochs)"
         logger.warning(
             "SOLVER.IMS_PER_BATCH is %d, the recipe's is %d at the same learning rate. To keep the "
             "recipe on less memory, keep IMS_PER_BATCH and raise SOLVER.RIS.ACCUMULATION; or let "
             "SOLVER.REFERENCE_WORLD_SIZE scale rate and iterations; or set SOLVER.BASE_LR (%.3g if "
-            "linear) and MAX_ITER (%d for the same epochs).",
+            "linear)%s.",
             actual,
             planned,
             cfg.SOLVER.BASE_LR * actual / planned,
-            cfg.SOLVER.MAX_ITER * planned // actual,
+            iterations,
         )
 
 

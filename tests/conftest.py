@@ -4,8 +4,13 @@ import copy
 import json
 import pickle
 import struct
+import sys
+from pathlib import Path
 
 import pytest
+
+# As Python has it for a script's own folder: programs are run from their files.
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 SIZE = {"height": 40, "width": 60}
 SQUARE = [[10, 10, 20, 10, 20, 20, 10, 20]]

@@ -99,6 +99,14 @@ def test_smaller_batch_at_the_same_rate_warns(train_net, caplog, options, warned
     assert ("0.00025 if linear) and MAX_ITER (160000" in caplog.text) == warned
 
 
+def test_smaller_batch_of_a_recipe_in_epochs_needs_no_other_length(train_net, caplog):
+    recipe = train_net.load_config("", ["SOLVER.RIS.EPOCHS", "3"])
+    cfg = train_net.load_config("", ["SOLVER.RIS.EPOCHS", "3", "SOLVER.IMS_PER_BATCH", "4"])
+    with caplog.at_level(logging.WARNING, "ris_d2"):
+        train_net.warn_of_smaller_batch(recipe, cfg)
+    assert "if linear)." in caplog.text and "MAX_ITER" not in caplog.text
+
+
 TINY = """
 MODEL:
   META_ARCHITECTURE: SharedRIS

@@ -68,6 +68,8 @@ def launch(
                 f"{num_processes} processes for {torch.cuda.device_count()} visible GPUs; start "
                 "fewer (--num-gpus), or run them on the CPU: MODEL.DEVICE cpu"
             )
+        if num_machines > 1 and dist_url == "auto":
+            raise ValueError("--num-machines needs --dist-url tcp://HOST:PORT of the first machine")
         url = f"tcp://127.0.0.1:{_free_port()}" if dist_url == "auto" else dist_url
         where = (machine_rank, num_machines * num_processes, num_processes, url)
         torch.multiprocessing.spawn(

@@ -387,7 +387,7 @@ class ReferringSegmenter(nn.Module):
 
     def _move(self, tensor: Tensor) -> Tensor:
         """To the model's device; the host does not wait for a GPU."""
-        if self.device.type == "cuda" and tensor.device.type == "cpu":
+        if self.device.type == "cuda" and tensor.device.type == "cpu" and torch.cuda.is_available():
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 

@@ -296,10 +296,11 @@ def test_detectron2s_own_loader_and_trainer(cfg, records, tmp_path, monkeypatch)
 
 
 def test_expressions_without_target_survive_detectron2s_own_loader(cfg):
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False  # as Base-RIS.yaml has it
     loader = build_detection_train_loader(cfg, mapper=ReferringMapper(cfg))
     samples = [x for batch in itertools.islice(loader, 30) for x in batch]
     assert {x["image_id"] for x in samples} == {1, 2, 3, 4}  # image 3 has nothing but no targets
     assert any(not x["targets"].any() for x in samples if x["image_id"] == 1)
-    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True  # detectron2's default; our config turns it off
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True  # detectron2's default
     loader = build_detection_train_loader(cfg, mapper=ReferringMapper(cfg))
     assert {x["image_id"] for batch in itertools.islice(loader, 30) for x in batch} == {1, 2, 4}

@@ -120,7 +120,9 @@ def train_and_evaluate(name, folder):
     trainer.resume_or_load(False)
     trainer.train()
     # As the evaluation left them, which is the last thing that a training does.
-    ranks = comm.all_gather([value.tolist() for value in trainer.model.buffers()])
+    # Of the buffers those that are saved: others are constants, of which each process has its own.
+    saved, names = trainer.model.state_dict(), dict(trainer.model.named_buffers())
+    ranks = comm.all_gather([saved[name].tolist() for name in names if name in saved])
     evaluate(name, folder / "trained" / "model_final.pth", folder / "evaluated")
     return len(ranks[0]), sum(values == ranks[0][i] for i, values in enumerate(ranks[1]))
 

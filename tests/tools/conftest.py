@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-sys.path.append(str(REPOSITORY / "tools"))  # as Python has it for a script's own folder
 
 
 @pytest.fixture(scope="session")

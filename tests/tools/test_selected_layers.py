@@ -34,7 +34,7 @@ def test_counts_pictures_and_files(tool, tmp_path, monkeypatch, capsys):
     assert set(counts) == {"ris_refshapes_val", "ris_grefshapes_val"}
     for of_type in counts["ris_grefshapes_val"].values():
         assert of_type["low"].total() == of_type["mid"].total() == of_type["sentences"]
-        assert set(of_type["low"]) <= {1, 2} and set(of_type["mid"]) <= {2, 3}
+        assert set(of_type["low"]) <= {1, 2} and set(of_type["mid"]) <= {3, 4}
     assert sum(t["sentences"] for t in counts["ris_refshapes_val"].values()) >= 3
     written = json.loads((output / "selected_layers.json").read_text())
     assert written["ris_refshapes_val"].keys() == counts["ris_refshapes_val"].keys()
