@@ -225,7 +225,7 @@ def test_somebodys_method_and_data_serve_in_every_tool(mine, trained):
         ("demo", [*demo, *OWN, "--weights", weights], "demo/b.png/0_mask.png"),
         ("analyze", [*OWN, "--json"], None),
         ("benchmark", [*OWN, *small], None),
-        ("attention", [*model, "--dataset", "mine_all", "--output", "look"], "look/maps.png"),
+        ("attention/main", [*model, "--dataset", "mine_all", "--output", "look"], "look/maps.png"),
         (
             "score_predictions",
             ["--dataset", "mine_all", "--predictions", predictions, *data, "--output", "scored"],
