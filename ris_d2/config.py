@@ -260,6 +260,12 @@ def _add_solver_keys(cfg: CN) -> None:
     # Numbered checkpoints (every SOLVER.CHECKPOINT_PERIOD iterations) that OUTPUT_DIR keeps, the newest
     # ones; 0 = all. model_final.pth and model_best.pth stay.
     cfg.SOLVER.RIS.KEEP_CHECKPOINTS = 3
+    # Decay of the exponential moving average of the weights, which is then what is evaluated and saved;
+    # 0 = off. 0.999 averages about the last 1,000 steps.
+    cfg.SOLVER.RIS.EMA = 0.0
+    # Training ends once so many evaluations (every TEST.EVAL_PERIOD iterations) in a row were not better
+    # than model_best.pth; 0 = never.
+    cfg.SOLVER.RIS.PATIENCE = 0
     # Micro-batches per optimizer step. SOLVER.IMS_PER_BATCH counts the units of the whole step.
     cfg.SOLVER.RIS.ACCUMULATION = 1
 

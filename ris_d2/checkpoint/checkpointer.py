@@ -6,7 +6,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -123,6 +124,7 @@ class RISCheckpointer(DetectionCheckpointer):
         save_frozen: MODEL.SAVE_FROZEN.
         keep: numbered checkpoints in ``save_dir``, the newest ones; saving deletes older ones. 0
             keeps all.
+        weights: makes a context in which the model has the weights to save.
         save_to_disk: whether this process writes; None = the main process does.
         checkpointables: further objects with state_dict() and load_state_dict().
     """
@@ -135,6 +137,7 @@ class RISCheckpointer(DetectionCheckpointer):
         init: Iterable[Sequence[str]] = (),
         save_frozen: bool = True,
         keep: int = 0,
+        weights: Callable[[], AbstractContextManager] = nullcontext,
         save_to_disk: bool | None = None,
         **checkpointables: Any,
     ):
@@ -142,6 +145,7 @@ class RISCheckpointer(DetectionCheckpointer):
         self.init = [tuple(pair) for pair in init]
         self.save_frozen = save_frozen
         self._keep = keep
+        self._weights = weights
         self._whole: dict[tuple[str, int, int], bool] = {}
         self._filled_by_init: dict[str, tuple[str, str]] = {}
         self._hashes: dict[str, str] = {}
@@ -180,13 +184,16 @@ class RISCheckpointer(DetectionCheckpointer):
             OSError: the disk is full, or does not let us write. The file is as it was.
         """
         state = {key: item.state_dict() for key, item in self.checkpointables.items()}
-        if self._write(name, {**state, **kwargs}):
+        with self._weights():
+            written = self._write(name, {**state, **kwargs})
+        if written:
             self.tag_last_checkpoint(f"{name}.pth")
             self._delete_old(f"{name}.pth")
 
     def save_weights(self, name: str, **kwargs: Any) -> None:
         """Write the model and ``kwargs`` alone; --resume does not start from such a file."""
-        self._write(name, kwargs)
+        with self._weights():
+            self._write(name, kwargs)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from operator import index
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from ..checkpoint import RISCheckpointer
 from ..io import atomic_write, load_json, reading
 from .follow import cut_history, has_evaluation, read_history
 
-__all__ = ["BestCheckpoint", "Evaluation", "StepSeed"]
+__all__ = ["BestCheckpoint", "EarlyStop", "Evaluation", "StepSeed", "TrainingEnded"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +85,16 @@ class BestCheckpoint(HookBase):
     Args:
         checkpointer: writes to its ``save_dir``.
         metric: name of a metric, higher is better, as in the evaluators' results.
+
+    Attributes:
+        iteration: optimizer steps that the best weights have seen; 0 where there are none yet.
     """
 
     def __init__(self, checkpointer: RISCheckpointer, metric: str):
         self._checkpointer = checkpointer
         self._metric = metric
         self._best = -math.inf
+        self.iteration = 0
         self._record = os.path.join(checkpointer.save_dir, "model_best.json")
 
     def before_train(self) -> None:
@@ -101,12 +106,13 @@ class BestCheckpoint(HookBase):
         best = load_json(self._record)
         with reading(self._record):
             metric, value = str(best["metric"]), float(best["value"])
+            iteration = index(best["iteration"])
         if metric != self._metric:
             logger.warning(
                 "%s is about %s; the best %s is sought anew", self._record, metric, self._metric
             )
             return
-        self._best = value
+        self._best, self.iteration = value, iteration
         logger.info("Best %s so far: %.2f", metric, value)
 
     def after_step(self) -> None:
@@ -120,7 +126,7 @@ class BestCheckpoint(HookBase):
         value = self._fresh_score()
         if value is None or value <= self._best:
             return
-        self._best = value
+        self._best, self.iteration = value, steps_done
         self._checkpointer.save_weights("model_best", iteration=steps_done)
         with atomic_write(self._record) as file:
             json.dump({"metric": self._metric, "value": value, "iteration": steps_done}, file)
@@ -147,3 +153,44 @@ class BestCheckpoint(HookBase):
             )
         defined = [value for value in values if math.isfinite(value)]
         return sum(defined) / len(defined) if defined else None
+
+
+class TrainingEnded(BaseException):
+    """Ends a training before its last iteration. No Exception, which detectron2 logs as a failure."""
+
+
+class EarlyStop(HookBase):
+    """Ends the training once ``patience`` evaluations in a row have brought no better checkpoint.
+
+    Runs after BestCheckpoint, on all processes.
+
+    Args:
+        best: None on other processes than the main one, which decides.
+        patience: SOLVER.RIS.PATIENCE, evaluations.
+        period: TEST.EVAL_PERIOD, iterations.
+    """
+
+    def __init__(self, best: BestCheckpoint | None, patience: int, period: int):
+        if period < 1:
+            raise ValueError("SOLVER.RIS.PATIENCE counts evaluations; set TEST.EVAL_PERIOD, too")
+        self._best, self._patience, self._period = best, patience, period
+
+    def before_train(self) -> None:
+        self._end_without_progress(self.trainer.start_iter)
+
+    def after_step(self) -> None:
+        self._end_without_progress(self.trainer.iter + 1)
+
+    def _end_without_progress(self, steps_done: int) -> None:
+        if steps_done % self._period or steps_done >= self.trainer.max_iter:
+            return
+        best = comm.all_gather(self._best and self._best.iteration)[0]
+        if steps_done - best >= self._patience * self._period:
+            logger.info(
+                "Training ends after %d iterations: nothing was better than model_best.pth of "
+                "iteration %d for %d evaluations (SOLVER.RIS.PATIENCE)",
+                steps_done,
+                best,
+                self._patience,
+            )
+            raise TrainingEnded

@@ -21,7 +21,8 @@ from ..checkpoint import RISCheckpointer
 from ..data.loader import build_test_loader, build_train_loader
 from ..evaluation import ReferringEvaluator
 from ..io import sweep_temporaries
-from .hooks import BestCheckpoint, Evaluation, StepSeed
+from .ema import WeightAverage
+from .hooks import BestCheckpoint, EarlyStop, Evaluation, StepSeed, TrainingEnded
 from .optimizer import build_optimizer
 from .processes import share_buffers
 from .schedule import build_lr_scheduler, with_iterations
@@ -71,6 +72,9 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase]:
         """Return the stock hooks, with StepSeed, our Evaluation and BestCheckpoint."""
+        decay = self.cfg.SOLVER.RIS.EMA
+        averages = [WeightAverage(self.model, decay)] if decay else []
+        self._averaged = averages[0].applied if averages else contextlib.nullcontext
         # DefaultTrainer's constructor made the stock checkpointer; hooks get theirs from here.
         self.checkpointer = RISCheckpointer(
             self.model,
@@ -78,21 +82,26 @@ class Trainer(DefaultTrainer):
             init=self.cfg.MODEL.INIT,
             save_frozen=self.cfg.MODEL.SAVE_FROZEN,
             keep=self.cfg.SOLVER.RIS.KEEP_CHECKPOINTS,
+            weights=self._averaged,
             trainer=weakref.proxy(self),
         )
         self._step_seed = StepSeed(self.cfg.SEED)
         stock = super().build_hooks()
         position = next(i for i, hook in enumerate(stock) if isinstance(hook, hooks.EvalHook))
-        evaluations = [Evaluation(self.cfg.TEST.EVAL_PERIOD, self._evaluate, self.cfg.OUTPUT_DIR)]
+        period, patience, best = self.cfg.TEST.EVAL_PERIOD, self.cfg.SOLVER.RIS.PATIENCE, None
+        evaluations = [Evaluation(period, self._evaluate, self.cfg.OUTPUT_DIR)]
         if comm.is_main_process():
-            evaluations.append(BestCheckpoint(self.checkpointer, self.cfg.TEST.BEST_METRIC))
+            best = BestCheckpoint(self.checkpointer, self.cfg.TEST.BEST_METRIC)
+            evaluations.append(best)
             evaluations.append(
                 hooks.CallbackHook(
                     before_train=self._log_evaluation, after_step=self._log_evaluation
                 )
             )
+        if patience:
+            evaluations.append(EarlyStop(best, patience, period))
         stock[position : position + 1] = evaluations
-        return [self._step_seed, *stock]
+        return [self._step_seed, *averages, *stock]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Resume from OUTPUT_DIR's last checkpoint, or start from MODEL.INIT and MODEL.WEIGHTS."""
@@ -109,7 +118,8 @@ class Trainer(DefaultTrainer):
             for folder in self._output_folders():
                 for path in sweep_temporaries(folder):
                     logger.info("Removed %s, which a killed process left", path)
-        return super().train()
+        with contextlib.suppress(TrainingEnded):
+            return super().train()
 
     def after_train(self) -> None:
         # detectron2 counts a step after its loop; here there was none, the training had come to its
@@ -191,7 +201,8 @@ class Trainer(DefaultTrainer):
         )
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
-        self._last_eval_results = self.test(self.cfg, self.model)
+        with self._averaged():
+            self._last_eval_results = self.test(self.cfg, self.model)
         return self._last_eval_results
 
     def _log_evaluation(self, _: TrainerBase) -> None:

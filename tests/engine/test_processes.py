@@ -17,7 +17,12 @@ from ris_toy import ToyTrainer, toy_cfg
 from ris_d2.engine import claim, launch
 
 HERE = Path(__file__).parent
-OPTIONS = {"TOY_DROPOUT": 0.0, "SOLVER__RIS__ACCUMULATION": 2, "TEST__EVAL_PERIOD": 4}
+OPTIONS = {
+    "TOY_DROPOUT": 0.0,
+    "SOLVER__RIS__ACCUMULATION": 2,
+    "SOLVER__RIS__EMA": 0.9,
+    "TEST__EVAL_PERIOD": 4,
+}
 
 
 def run_script(output_dir, *arguments, launcher=()):
@@ -115,3 +120,10 @@ def test_two_trainings_do_not_work_in_one_folder(tmp_path):
 def test_more_processes_than_gpus_are_refused():
     with pytest.raises(ValueError, match="processes for [0-9]+ visible GPUs.*MODEL.DEVICE cpu"):
         launch(print, device="cuda", num_processes=torch.cuda.device_count() + 2)
+
+
+def test_two_processes_end_together_when_nothing_gets_better(tmp_path):
+    options = ["SOLVER.BASE_LR", "0.0", "SOLVER.RIS.PATIENCE", "1", "SOLVER.MAX_ITER", "20"]
+    output = run_script(tmp_path, "--num-gpus", "2", *options)
+    assert "Training ends after 8 iterations" in output
+    assert not (tmp_path / "model_final.pth").exists()

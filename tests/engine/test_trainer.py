@@ -387,6 +387,34 @@ def test_best_checkpoint_survives_resume(tmp_path):
     assert best(tmp_path) == {"metric": "gIoU", "value": 2.0, "iteration": 1}
 
 
+def test_training_ends_once_evaluations_bring_nothing_better(tmp_path, caplog):
+    patient = {"TEST__EVAL_PERIOD": 2, "SOLVER__RIS__PATIENCE": 2, "SOLVER__CHECKPOINT_PERIOD": 3}
+    Scored.scores = [(9.0, 9.0), (5.0, 5.0), (9.5, 9.5), (9.0, 9.0), (9.5, 9.5)]
+    with caplog.at_level(logging.INFO):
+        trainer, losses = train(tmp_path, trainer_class=Scored, SOLVER__MAX_ITER=20, **patient)
+    assert len(losses) == 9  # the recorder comes after the hook that ended the tenth step
+    assert best(tmp_path)["iteration"] == 6
+    assert "Training ends after 10 iterations" in caplog.text
+    assert "Exception" not in caplog.text
+    assert not (tmp_path / "model_final.pth").exists()
+    history = read_history(str(tmp_path))
+    evaluated = [line["iteration"] for line in history if "a/referring/gIoU" in line]
+    assert evaluated == [1, 3, 5, 7, 9]
+    # Resumed, it goes on from the last checkpoint to the next evaluation, and no further.
+    Scored.scores = [(9.0, 9.0)]
+    train(tmp_path, resume=True, trainer_class=Scored, SOLVER__MAX_ITER=20, **patient)
+    assert Scored.scores == []
+    Scored.scores = [(9.0, 9.0), (9.0, 9.0)]
+    patient["SOLVER__RIS__PATIENCE"] = 3
+    trainer, _ = train(tmp_path, resume=True, trainer_class=Scored, SOLVER__MAX_ITER=20, **patient)
+    assert Scored.scores == [] and trainer.iter == 11
+
+
+def test_patience_needs_evaluations(tmp_path):
+    with pytest.raises(ValueError, match="SOLVER.RIS.PATIENCE counts evaluations; set TEST.EVAL_P"):
+        train(tmp_path, SOLVER__RIS__PATIENCE=1)
+
+
 class ScoredOnSplits(Scored):
     @classmethod
     def test(cls, cfg, model, evaluators=None):
