@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Selected(NamedTuple):
-    """One level's feature maps, each once however many expressions chose it.
+    """One level's feature maps, and which of them each expression has chosen.
 
     Attributes:
         features: (P, C, h, w).
@@ -106,11 +106,13 @@ class AdaptiveFeatureSelection(nn.Module):
                 weights = hard + (weights - weights.detach())
             weights = weights.to(candidates.dtype)
             tokens = torch.einsum("ek,eknc->enc", weights, candidates[image_index])
-            rows = torch.arange(len(choice), device=choice.device)
+            rows = torch.arange(choice.shape[0], device=choice.device)
         else:
-            pairs = image_index * len(layers) + choice
-            distinct, rows = pairs.unique(return_inverse=True)
-            tokens = candidates.flatten(0, 1)[distinct]
+            tokens, rows = candidates.flatten(0, 1), image_index * len(layers) + choice
+            # Sizes must not depend on what was chosen: a GPU would be waited for. In training each
+            # expression counts in BatchNorm's statistics, as released.
+            if self.training or choice.shape[0] < tokens.shape[0]:
+                tokens, rows = tokens[rows], torch.arange(choice.shape[0], device=choice.device)
         return Selected(_to_map(tokens, grid), rows, chosen_layers)
 
     def score(

@@ -217,7 +217,7 @@ class ASDA(ReferringSegmenter):
         """Words f_T (E, L, D), sentence f_E (E, D), and the levels that it selects."""
         *layers, words = self.text.forward_layers(input_ids, text_mask)
         last_token = text_mask.sum(1) - 1  # [EOS]
-        each = torch.arange(len(words), device=words.device)
+        each = torch.arange(words.shape[0], device=words.device)
         sentence = words[each, last_token]
         if self.layerwise_text:
             sentences = [state[each, last_token] for state in layers]

@@ -35,7 +35,7 @@ class GlobalFusion(nn.Module):
         Raises:
             ValueError: one expression in training, of which BatchNorm has no statistics.
         """
-        if self.training and len(sentence) == 1 and isinstance(self.words_norm, nn.BatchNorm2d):
+        if self.training and sentence.shape[0] == 1 and isinstance(self.words_norm, nn.BatchNorm2d):
             raise ValueError(
                 "ASDA's BatchNorm on sentences needs two expressions per process and step: raise "
                 "SOLVER.IMS_PER_BATCH, or set MODEL.ASDA.NORM to SyncBN (several GPUs) or GN"

@@ -77,7 +77,7 @@ class EncoderLayer(nn.Module):
     def _add(self, streams: Streams, update: Streams) -> Streams:
         if self.training and self.drop_path > 0:  # a sample keeps or drops both modalities
             like = next(x for x in update if x is not None)
-            scale = drop_path_scale(len(like), self.drop_path, like)
+            scale = drop_path_scale(like.shape[0], self.drop_path, like)
             update = tuple(None if x is None else x * scale for x in update)
         return tuple(None if x is None else x + y for x, y in zip(streams, update, strict=True))
 
@@ -140,7 +140,7 @@ class VisionEmbedding(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 1 + (H/p)(W/p), dim)"""
         patches = self.proj(images).flatten(2).transpose(1, 2)
-        return torch.cat([self.cls_token.expand(len(images), -1, -1).to(patches), patches], 1)
+        return torch.cat([self.cls_token.expand(images.shape[0], -1, -1).to(patches), patches], 1)
 
 
 @BACKBONE_REGISTRY.register()

@@ -80,12 +80,12 @@ class WindowAttention(nn.Module):
 
     def forward(self, tokens: Tensor, partition: Partition) -> Tensor:
         """(B, h * w, dim), ``window_partition`` of map, window, shift -> (B, h * w, dim)"""
-        batch, area = len(tokens), self.window_size**2
+        batch, area = tokens.shape[0], self.window_size**2
         token_at, place_of, mask = partition
         # Padding is zero before the projection, so that its query, key and value are the bias:
         # projecting first spares the padded tokens (a quarter of 28 x 28 windows on a 24 x 24 map).
         qkv = self.qkv(tokens)
-        if len(token_at) > qkv.shape[1]:
+        if token_at.shape[0] > qkv.shape[1]:
             qkv = torch.cat([qkv, self.qkv.bias.to(qkv.dtype).expand(batch, 1, -1)], 1)
         qkv = qkv.index_select(1, token_at).view(-1, area, qkv.shape[-1])
         query, key, value = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -94,7 +94,7 @@ class WindowAttention(nn.Module):
         if mask is not None:
             bias = (bias + mask).expand(batch, -1, -1, -1, -1).flatten(0, 1)
         attended = F.scaled_dot_product_attention(query, key, value, bias.to(query.dtype))
-        attended = attended.transpose(1, 2).reshape(batch, len(token_at), -1)
+        attended = attended.transpose(1, 2).reshape(batch, token_at.shape[0], -1)
         return self.proj(attended.index_select(1, place_of))
 
 
@@ -128,7 +128,7 @@ class SwinBlock(nn.Module):
     def _drop(self, update: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:
             return update
-        return update * drop_path_scale(len(update), self.drop_path, update)
+        return update * drop_path_scale(update.shape[0], self.drop_path, update)
 
 
 class PatchMerging(nn.Module):

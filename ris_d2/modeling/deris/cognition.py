@@ -7,10 +7,10 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..backbone import RISBEiT3
-from ..layers import Constants, MultiheadAttention
+from ..layers import MultiheadAttention
 from ..text import build_text_encoder
 
-MAX_LENGTHS = 64  # of sentences in tokens, for which positions are kept
+MAX_TOKENS = 1024  # of a sentence, as BEiT-3's table of positions
 VIEW = "cognition"  # the resizing of the image (INPUT.RIS.VIEWS) that this branch looks at
 
 
@@ -188,7 +188,8 @@ class CognitionBranch(nn.Module):
         )
         self.referring = nn.Linear(dim, 2)
         self.existence = existence
-        self._positions = Constants(_POSITIONS[text_positions], max_kept=MAX_LENGTHS)
+        positions = _POSITIONS[text_positions](MAX_TOKENS, dim)
+        self.register_buffer("text_positions", positions, persistent=False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, num_layers: int) -> dict[str, Any]:
@@ -261,10 +262,8 @@ class CognitionBranch(nn.Module):
         Returns:
             fused queries (E, Q, C) and referring logits (E, Q, 2), class 0 = referred.
         """
-        (positions,) = self._positions(text.shape[1], text.shape[2], device=text.device)
-        queries, referring = self.layers[number](
-            queries, prior, text, text_mask, positions.to(text.dtype)
-        )
+        positions = self.text_positions[: text.shape[1]].to(text.dtype)
+        queries, referring = self.layers[number](queries, prior, text, text_mask, positions)
         return queries, self.referring(referring)
 
 

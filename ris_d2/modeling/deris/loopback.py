@@ -52,7 +52,7 @@ def run_rounds(
         round), and the last queries (E, Q, C).
     """
     mask_features = perception.mask_features(features, image_index, visual)
-    queries = cognition.initial_queries(len(image_index))
+    queries = cognition.initial_queries(image_index.shape[0])
     rounds: list[dict[str, Tensor]] = []
     for number in range(num_rounds + 1):
         if number > 0:

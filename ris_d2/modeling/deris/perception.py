@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,7 @@ from .pixel_decoder import LEVELS, PixelDecoder, Size
 PRIOR_STRIDE = 4  # of the maps that mask priors are taken on, in pixels of f_m
 
 
-@dataclass(frozen=True)
-class ImageFeatures:
+class ImageFeatures(NamedTuple):
     """What B images give before any sentence is read.
 
     Attributes:
@@ -67,18 +65,13 @@ class MaskFeatures:
         self.visual = visual
         self.level_visual = level_visual
         self.image_index = image_index
-        # All expressions of an image are one product with its map; its slots are their places in it.
-        count = F.one_hot(image_index, len(maps)).cumsum(0)
-        self._slot = count.gather(1, image_index[:, None])[:, 0] - 1
-        self._num_slots = int(count[-1].max())
+        # One image's map serves all expressions as it is; of several each expression takes its own.
+        self._own_maps = maps if maps.shape[0] == 1 else maps[image_index]
 
     def dot(self, embeddings: Tensor) -> Tensor:
         """f_m times embeddings (E, Q, C) -> (E, Q, h, w)."""
         size = self.maps.shape[-2:]
-        slots = embeddings.new_zeros(len(self.maps), self._num_slots, *embeddings.shape[1:])
-        slots[self.image_index, self._slot] = embeddings
-        products = torch.einsum("bsqc,bchw->bsqhw", slots, self.maps)
-        products = products[self.image_index, self._slot]
+        products = torch.einsum("eqc,echw->eqhw", embeddings, self._own_maps)
         if self.visual is None:
             return products
         visual = torch.einsum("eqc,echw->eqhw", embeddings, self.visual)

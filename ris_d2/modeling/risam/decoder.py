@@ -91,10 +91,10 @@ class MutualAwareMaskDecoder(nn.Module):
             token alone sees the image only through words that know it.
         """
         pixels = features.regions
-        tokens = self.query.weight.expand(len(pixels), 1, -1)
+        tokens = self.query.weight.expand(pixels.shape[0], 1, -1)
         if self.elg:
             tokens = torch.cat([tokens, features.words], 1)  # F_c = [F_m, F_val]
-            text_mask = torch.cat([text_mask.new_ones(len(text_mask), 1), text_mask], 1)
+            text_mask = torch.cat([text_mask.new_ones(text_mask.shape[0], 1), text_mask], 1)
         for block in self.blocks:
             pixels, tokens = block(pixels, tokens, text_mask)
         token = tokens[:, 0]

@@ -202,7 +202,7 @@ class ConvFusion(ProjectedWords):
     ) -> MutualFeatures:
         words = self.words(words)
         end = text_mask.sum(1) - 1
-        sentence = words[torch.arange(len(words), device=words.device), end]
+        sentence = words[torch.arange(words.shape[0], device=words.device), end]
         pixels = regions.transpose(1, 2).unflatten(2, grid)
         tiled = sentence[:, :, None, None].expand_as(pixels)
         fused = self.convs(torch.cat([pixels, tiled], 1))
@@ -286,11 +286,11 @@ class SAMMaskDecoder(nn.Module):
     ) -> tuple[Tensor, None]:
         """As MutualAwareMaskDecoder, but with nothing for an existence head to read."""
         image = features.regions.transpose(1, 2).unflatten(2, grid)
-        own_tokens = text_mask.new_ones(len(text_mask), 1 + self.mask_decoder.num_mask_tokens)
+        own_tokens = text_mask.new_ones(text_mask.shape[0], 1 + self.mask_decoder.num_mask_tokens)
         self._keep = torch.cat([own_tokens, text_mask], 1)[:, None, None]
         masks, _ = self.mask_decoder(
             image_embeddings=image,
-            image_positional_embeddings=self._positions(grid).expand(len(image), -1, -1, -1),
+            image_positional_embeddings=self._positions(grid).expand(image.shape[0], -1, -1, -1),
             sparse_prompt_embeddings=features.words[:, None],
             dense_prompt_embeddings=self.no_mask[:, :, None, None],
             multimask_output=False,

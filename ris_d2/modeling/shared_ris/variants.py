@@ -152,7 +152,7 @@ class CRISFPN(nn.Module):
         y, x = torch.meshgrid(
             *(torch.linspace(-1, 1, side, device=like.device) for side in self.grid), indexing="ij"
         )
-        return torch.stack([x, y]).to(like).expand(len(like), -1, -1, -1)
+        return torch.stack([x, y]).to(like).expand(like.shape[0], -1, -1, -1)
 
 
 def _conv(in_dim: int, dim: int, *, norm: str, size: int = 1) -> nn.Module:
