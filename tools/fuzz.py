@@ -83,7 +83,7 @@ from ris_d2.data.refclef import load_refclef
 from ris_d2.data.refer import load_refer
 from ris_d2.data.ris_json import load_ris_json
 from ris_d2.data.tokenizer import Tokenizer
-from ris_d2.engine.follow import read_history
+from ris_d2.engine.history import read_history
 from ris_d2.evaluation import score_predictions
 from ris_d2.io import load_json, load_pickle, reading
 from ris_d2.masks import encode, rasterize
@@ -747,12 +747,10 @@ def study_files() -> dict[str, File]:
         "options": {"SOLVER.BASE_LR": 0.01},
         "cells": {"short": {"INPUT.RIS.MAX_TOKENS": 10}, "long": {"INPUT.RIS.MAX_TOKENS": 20}},
         "seeds": [1, 2],
-        "iterations": 10,
         "refshapes": {"images": {"train": 2, "val": 2}, "size": 64},
         "datasets": {"val": "ris_grefcoco_unc_val"},
         "metrics": ["gIoU", "cIoU"],
         "groups": {"All": {"few": "short", "many": "long"}},
-        "reference": "short",
     }
     lines = dump_yaml(content).decode().split("\n")
     return {"study.yaml": made(content, dump_yaml, (lines, dump_lines)), **config_files()}
@@ -764,7 +762,8 @@ def _study_tool() -> dict[str, Any]:
 
 
 def read_study(name: str) -> None:
-    _study_tool()["load_study"](here("study.yaml"))
+    tool = _study_tool()
+    tool["load_runs"](tool["load_study"](here("study.yaml")), "unused")
 
 
 READERS = {

@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 
 from _program import Parser, load, repeated, run
 
@@ -60,17 +59,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from _follow import Training, follow, minutes_and_seconds, stop_on_signals, why_failed
 from ris_d2 import refshapes
 from ris_d2.data.loader import build_test_loader
 from ris_d2.engine import claim
-from ris_d2.engine.follow import (
-    describe_progress,
-    follow_training,
-    has_evaluation,
-    minutes_and_seconds,
-    read_history,
-    stop_on_signals,
-)
+from ris_d2.engine.history import has_evaluation, read_history
 from ris_d2.evaluation import ReferringEvaluator
 from ris_d2.evaluation.metrics import gres_iou
 from ris_d2.evaluation.report import finite_or_null
@@ -106,7 +99,6 @@ MADE = (
     ),
 )
 CURVE_COLORS = ("#e66e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")  # Okabe and Ito
-PROGRESS_SECONDS = 20
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -225,7 +217,7 @@ def _command(args: argparse.Namespace, *options: str) -> list[str]:
 
 
 def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
-    """Run train_net.py to the end and print a line every PROGRESS_SECONDS."""
+    """Run train_net.py to the end."""
     history = read_history(cfg.OUTPUT_DIR)
     final = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     if os.path.exists(final) and has_evaluation(history, cfg.SOLVER.MAX_ITER):
@@ -233,20 +225,14 @@ def _train(args: argparse.Namespace, cfg: CfgNode) -> None:
         return
     command = _command(args, "--resume") + ["OUTPUT_DIR", cfg.OUTPUT_DIR]
     print(f"      {shlex.join(command)}", flush=True)
-    progress = partial(_print_progress, cfg)
-    status = follow_training(
-        [sys.executable, *command[1:]], cfg.OUTPUT_DIR, progress, every=PROGRESS_SECONDS
+    training = Training(
+        command=[sys.executable, *command[1:]],
+        folder=cfg.OUTPUT_DIR,
+        max_iter=cfg.SOLVER.MAX_ITER,
     )
+    [(_, status)] = follow([training])
     if status:
-        console = os.path.join(cfg.OUTPUT_DIR, "console.txt")
-        with open(console) as file:
-            tail = "".join(file.readlines()[-25:])
-        sys.exit(f"{tail}\ntraining failed (status {status}); all of it in {console}")
-
-
-def _print_progress(cfg: CfgNode, seconds: float) -> None:
-    history = read_history(cfg.OUTPUT_DIR)
-    print(f"      {describe_progress(seconds, history, cfg.SOLVER.MAX_ITER)}", flush=True)
+        sys.exit(why_failed(training, status, lines=25))
 
 
 class _OtherSentence(torch.nn.Module):

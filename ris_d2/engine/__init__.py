@@ -1,7 +1,7 @@
 """Training and evaluation on top of detectron2's DefaultTrainer."""
 
 from .optimizer import build_optimizer
-from .processes import claim, launch, leave_process_group
+from .distributed import claim, launch, leave_process_group
 from .schedule import build_lr_scheduler
 from .trainer import Trainer
 

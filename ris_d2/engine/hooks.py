@@ -14,7 +14,7 @@ from detectron2.utils import comm
 
 from ..checkpoint import RISCheckpointer
 from ..io import atomic_write, load_json, reading
-from .follow import cut_history, has_evaluation, read_history
+from .history import cut_history, has_evaluation, read_history
 
 __all__ = ["BestCheckpoint", "EarlyStop", "Evaluation", "StepSeed", "TrainingEnded"]
 

@@ -24,7 +24,7 @@ from ..io import sweep_temporaries
 from .ema import WeightAverage
 from .hooks import BestCheckpoint, EarlyStop, Evaluation, StepSeed, TrainingEnded
 from .optimizer import build_optimizer
-from .processes import share_buffers
+from .distributed import share_buffers
 from .schedule import build_lr_scheduler, with_iterations
 from .step import StepTrainer
 

@@ -9,7 +9,7 @@ from detectron2.engine import HookBase
 from ris_toy import ToyTrainer, toy_cfg, toy_mapper
 
 from ris_d2.data.loader import build_train_loader
-from ris_d2.engine.follow import read_history
+from ris_d2.engine.history import read_history
 
 
 class Recorder(HookBase):

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import _follow
 import numpy as np
 import pytest
 import torch
@@ -163,11 +164,14 @@ def test_killed_in_the_middle_it_leaves_no_process_and_ends_as_a_straight_one(
 
     train_net = load_tool("../train_net")
 
-    def train_here(command, *args, **kwargs):  # a process of its own takes seconds to start
-        train_net.main(train_net.parse(command[2:]))
-        return 0
+    class Trained:  # a process of its own takes seconds to start
+        def __init__(self, training):
+            train_net.main(train_net.parse(training.command[2:]))
 
-    monkeypatch.setattr(quickstart, "follow_training", train_here)
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(_follow, "start", Trained)
     report = quickstart.main(_arguments(config, killed, *options))
     expected = quickstart.main(_arguments(config, straight, *options))
     for name in ("metrics", "shuffled_sentences"):
