@@ -13,7 +13,7 @@ from PIL import Image
 from ris_d2.refshapes import write_tokenizer
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ["train_net.py", "tools/attention/main.py"] + sorted(
+PROGRAMS = ["train_net.py", "datasets/make_ris_json.py", "tools/attention/main.py"] + sorted(
     f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py") if not path.name.startswith("_")
 )
 NO_TORCH = """

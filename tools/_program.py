@@ -110,5 +110,6 @@ def _is_said_by_us(error: Exception) -> bool:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     file = os.path.abspath(frame.f_code.co_filename)
     programs = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    ours = (os.path.dirname(ris_d2.__file__), os.path.join(programs, "tools"))
+    folders = [os.path.join(programs, name) for name in ("tools", "datasets")]
+    ours = (os.path.dirname(ris_d2.__file__), *folders)
     return file.startswith(ours) or file == os.path.join(programs, "train_net.py")

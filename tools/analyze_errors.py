@@ -2,11 +2,14 @@
 
     python tools/analyze_errors.py output/inference/ris_grefcoco_unc_val/per_expression.jsonl
         [more files] [--edges 0 1 5 10 30 100] [--json FILE] [--plot FILE.png]
+        [--board FILE.png] [--config-file C]
 
 Reads the per_expression.jsonl of an evaluation. Perception has lost what even an oracle that chooses
 among the predicted instances cannot reach; cognition what the oracle would have gained (DeRIS, ICCV
 2025: "cognition is the bottleneck"). This needs results with instances (TEST.INSTANCES True, methods
-with queries); the IoU by target size (Shared-RIS, Fig. 6) needs nothing.
+with queries); the IoU by target size (Shared-RIS, Fig. 6) needs nothing. The board shows the sentences of the first file that
+went worst, those the model was surest of first; the evaluation has to have saved its masks
+(TEST.SAVE_PREDICTIONS True), and --config-file names your own datasets (DATASETS.RIS_JSON).
 """
 
 import argparse
@@ -14,7 +17,7 @@ import json
 import math
 from pathlib import Path
 
-from _program import Parser, run
+from _program import Parser, load, run
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -28,12 +31,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", metavar="FILE", help="draw IoU over target size there (.png)")
+    parser.add_argument("--board", metavar="FILE", help="draw the worst sentences there (.png)")
+    parser.add_argument("--rows", type=int, default=12, help="sentences on the board")
+    parser.add_argument("--config-file", metavar="FILE", help="the yaml of the evaluation")
+    parser.add_import()
+    parser.set_defaults(opts=[])
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
     parse()  # --help and mistakes are answered before the imports below, which take seconds
 
+import cv2
 import matplotlib
 
 matplotlib.use("Agg")
@@ -44,10 +53,14 @@ from _errors import (
     by_target_size,
     read_per_expression,
 )
+from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 
+from ris_d2.data.images import read_image
 from ris_d2.evaluation.report import finite_or_null
 from ris_d2.io import atomic_write
+from ris_d2.masks import rasterize, resize_nearest, union
+from ris_d2.visualization import SheetRow, contact_sheet, write_png
 
 
 def describe(analysis: dict) -> str:
@@ -128,6 +141,44 @@ def plot(analyses: dict[str, dict], path: str) -> None:
     plt.close(figure)
 
 
+def board(path: str, number: int) -> list[SheetRow]:
+    """The sentences of ``path`` with the lowest gIoU, of equal ones those with the highest score first."""
+    folder = Path(path).parent
+    predictions = folder / "predictions.jsonl"
+    if not predictions.is_file():
+        raise FileNotFoundError(
+            f"{predictions}: no such file; evaluate with TEST.SAVE_PREDICTIONS True"
+        )
+    records = {(r["source"], r["file_name"]): r for r in DatasetCatalog.get(folder.name)}
+    with open(path) as results, open(
+        predictions
+    ) as masks:  # a line each per sentence, in one order
+        lines = [(json.loads(one), json.loads(other)) for one, other in zip(results, masks)]
+    lines.sort(key=lambda pair: (pair[0]["gIoU"], -(pair[0]["score"] or 0)))
+    rows = []
+    for result, prediction in lines[:number]:
+        record = records[result["source"], result["file_name"]]
+        names = {e["expression_id"]: e for e in record["expressions"]}[result["expression_id"]]
+        height, width = prediction["segmentation"]["size"]
+        drawn = [
+            rasterize(annotation["segmentation"], record["height"], record["width"])
+            for annotation in record["annotations"]
+            if annotation["id"] in names["annotation_ids"]
+        ]
+        said = rasterize(prediction["segmentation"], height, width)
+        rows.append(
+            SheetRow(
+                image=cv2.resize(read_image(record["file_name"]), (width, height)),
+                text=names["text"],
+                target=resize_nearest(union(drawn), height, width) if drawn else None,
+                prediction=None if prediction["no_target"] else said,
+                iou=result["gIoU"],
+                note=f"{Path(record['file_name']).name}, score {result['score'] or math.nan:.2f}",
+            )
+        )
+    return rows
+
+
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     edges = [edge / 100 for edge in args.edges] if args.edges else SIZE_EDGES
@@ -141,6 +192,9 @@ def main(arguments: list[str] | None = None) -> None:
         }
     for file, analysis in analyses.items():
         print(f"{file}: {analysis['num_expressions']} expressions\n\n{describe(analysis)}\n")
+    if args.board:
+        load(args)  # registers the datasets
+        write_png(args.board, contact_sheet(board(args.files[0], args.rows), title=args.files[0]))
     if args.json:
         with atomic_write(args.json) as file:
             json.dump(finite_or_null(analyses), file, indent=2)
