@@ -89,7 +89,11 @@ def test_edges_are_percent(analyze_errors, evaluated, capsys):
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["missing.jsonl"], "missing.jsonl"), (["--edges", "0", "10"], "do not fit into the edges")],
+    [
+        (["missing.jsonl"], "missing.jsonl"),
+        (["--edges", "0", "10"], "do not fit into the edges"),
+        (["--board", "b.png"], "predictions.jsonl: no such file; evaluate with TEST.SAVE_PRED"),
+    ],
 )
 def test_mistakes_end_with_one_line(analyze_errors, evaluated, arguments, message):
     files = [] if "missing" in arguments[0] else [evaluated()]
