@@ -10,6 +10,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from .muon import Muon
 
 __all__ = ["build_optimizer", "parameter_groups"]
 
@@ -37,7 +40,7 @@ def build_optimizer(
         ValueError: unknown optimizer, or see :func:`parameter_groups`.
     """
     ris = cfg.SOLVER.RIS
-    kinds = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
+    kinds = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "Muon": Muon}
     if ris.OPTIMIZER not in kinds:
         raise ValueError(f"SOLVER.RIS.OPTIMIZER is {ris.OPTIMIZER!r}, not one of {list(kinds)}")
     decay, bias_decay = cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.WEIGHT_DECAY_BIAS
@@ -51,11 +54,14 @@ def build_optimizer(
         no_decay=ris.NO_DECAY,
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
     )
+    options = {"lr": cfg.SOLVER.BASE_LR, "betas": tuple(ris.BETAS), "eps": ris.EPS}
+    if ris.OPTIMIZER == "Muon":
+        groups = _with_matrices_apart(model, groups, lr_factor=ris.MATRIX_LR_FACTOR)
+    else:
+        options["amsgrad"] = ris.AMSGRAD
     _log_groups(ris.OPTIMIZER, groups)
     getattr(getattr(model, "module", model), "to_be_applied", set()).discard("SOLVER.RIS")
-    optimizer = kinds[ris.OPTIMIZER](
-        groups, lr=cfg.SOLVER.BASE_LR, betas=tuple(ris.BETAS), eps=ris.EPS, amsgrad=ris.AMSGRAD
-    )
+    optimizer = kinds[ris.OPTIMIZER](groups, **options)
     if clips_full_model and ris.CLIP_GRAD_NORM > 0:
         optimizer.register_step_pre_hook(partial(_clip_before_step, ris.CLIP_GRAD_NORM))
     if cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "full_model":
@@ -66,6 +72,23 @@ def build_optimizer(
 def _clip_before_step(max_norm: float, optimizer: torch.optim.Optimizer, *args: Any) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def _with_matrices_apart(
+    model: nn.Module, groups: list[dict[str, Any]], *, lr_factor: float
+) -> list[dict[str, Any]]:
+    """The groups split in two each: weights of linear layers and convolutions, and all else."""
+    weights = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, _ConvNd))]
+    # A layer with one output or a few has no directions that could be brought into balance.
+    matrices = {id(w) for w in weights if min(w.flatten(1).shape) >= 8}
+    split = []
+    for group in groups:
+        for apart in (True, False):
+            parameters = [p for p in group["params"] if (id(p) in matrices) == apart]
+            lr = group["lr"] * (lr_factor if apart else 1.0)
+            if parameters:
+                split.append({**group, "params": parameters, "lr": lr, "orthogonal": apart})
+    return split
 
 
 def parameter_groups(
