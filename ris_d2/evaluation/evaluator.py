@@ -15,6 +15,7 @@ from detectron2.utils import comm
 
 from ..io import atomic_write
 from ..masks import encode, rasterize, resize_nearest, union
+from .kinds import kinds_of
 from .report import (
     ROW,
     breakdowns,
@@ -123,6 +124,7 @@ class ReferringEvaluator(DatasetEvaluator):
         rows["original_size"] = size == _original_size(unit)
         rows["num_targets"] = [len(expression["annotation_ids"]) for expression in expressions]
         rows["num_words"] = [len(expression["text"].split()) for expression in expressions]
+        rows["kinds"] = [kinds_of(expression["text"]) for expression in expressions]
         rows["score"] = [float(result["score"]) for result in results]
         rows["predicted_no_target"] = [bool(result["no_target"]) for result in results]
         for row, result, index in zip(rows, results, which):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from .kinds import KINDS, kind_names
 from .metrics import PRECISION_THRESHOLDS, compute_metrics, gres_iou, iou, mean_percent
 
 # All that is kept of an expression.
@@ -25,6 +26,7 @@ ROW = np.dtype(
         ("width", np.int32),
         ("num_targets", np.int32),  # 0: no target
         ("num_words", np.int32),
+        ("kinds", np.uint8),  # of kinds_of
         ("predicted_no_target", np.bool_),
         ("original_size", np.bool_),  # height and width are the image's own
     ]
@@ -66,8 +68,9 @@ def breakdowns(rows: np.ndarray, sources: Sequence[str]) -> dict[str, dict]:
         sources: of each image, indexed by rows["image"].
 
     Returns:
-        {"num_targets" | "target_area" | "num_words" | "source": {group: metrics}} without empty
-        groups, target_area (share of the image) over expressions with a target only; and
+        {"num_targets" | "target_area" | "num_words" | "kind" | "source": {group: metrics}} without
+        empty groups, target_area (share of the image) over expressions with a target only; an
+        expression is in the group of each of its kinds, and in "absence" if it has no target; and
         "referent": over the referents that have a target, their number and the mean of the IoU
         (mask as given, percent) of each one's best sentence, of its sentences' mean, and of its
         worst sentence.
@@ -78,6 +81,7 @@ def breakdowns(rows: np.ndarray, sources: Sequence[str]) -> dict[str, dict]:
         "num_targets": _by_edges(rows, rows["num_targets"], _NUM_TARGETS),
         "target_area": _by_edges(targets, area_ratio(targets), _AREA_RATIO),
         "num_words": _by_edges(rows, rows["num_words"], _NUM_WORDS),
+        "kind": _by_kind(rows),
         "source": {name: summarize(rows[source == name]) for name in sorted(set(source))},
         "referent": _by_referent(targets),
     }
@@ -95,6 +99,12 @@ def _by_edges(rows: np.ndarray, values: np.ndarray, edges: dict[str, float]) -> 
         for index, name in enumerate(edges)
         if (groups == index).any()
     }
+
+
+def _by_kind(rows: np.ndarray) -> dict[str, dict]:
+    members = {kind: rows["kinds"] >> bit & 1 == 1 for bit, kind in enumerate(KINDS)}
+    members["absence"] = rows["num_targets"] == 0
+    return {kind: summarize(rows[which]) for kind, which in members.items() if which.any()}
 
 
 def _by_referent(targets: np.ndarray) -> dict[str, float]:
@@ -191,6 +201,7 @@ def _expression_records(
         "num_targets": rows["num_targets"],
         "area_ratio": area_ratio(rows),
         "num_words": rows["num_words"],
+        "kinds": np.array([kind_names(bits) for bits in rows["kinds"].tolist()], dtype=object),
         "oracle_IoU": oracle,
     }
     for index, *values in zip(rows["image"], *(column.tolist() for column in columns.values())):

@@ -259,6 +259,7 @@ def test_files(tmp_path):
         "num_targets": 1,
         "area_ratio": 100 / 600,
         "num_words": 1,
+        "kinds": ["position"],
         "oracle_IoU": None,
     }
     assert lines[1]["score"] is None
@@ -294,6 +295,7 @@ def test_breakdowns(tmp_path):
         "num_targets": {"0": 1, "1": 3},
         "target_area": {"10-30%": 2, ">=30%": 1},
         "num_words": {"1-2": 1, "3": 3},
+        "kind": {"attribute": 3, "position": 1, "absence": 1},
         "source": {"test": 4},
     }
     assert groups["target_area"]["10-30%"]["gIoU"] == 75
