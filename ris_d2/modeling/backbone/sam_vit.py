@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -75,6 +76,8 @@ class RISSAMViT(Backbone):
             global_attn_indexes=list(global_blocks),
         )
         self.vision_encoder = SamVisionModel(config).vision_encoder
+        for block in self.vision_encoder.layers:
+            block.attn = DecomposedAttention(block.attn)
         if stem not in ("patch", "conv"):
             raise ValueError(f"MODEL.RIS.SAM.STEM is {stem!r}, not patch or conv")
         if stem == "conv":
@@ -149,6 +152,49 @@ class RISSAMViT(Backbone):
                 rows = F.interpolate(table.float().T[None], size=len(own[name]), mode="linear")
                 fitted[name] = rows[0].T.to(table.dtype)
         return {**state_dict, **fitted}, sorted(fitted)
+
+
+class DecomposedAttention(nn.Module):
+    """Attention with SAM's relative positions of rows and columns, in one fused kernel.
+
+    The logit of query q and key k is q k / sqrt(d) + q r_h + q r_w, with r_h and r_w of the rows and
+    columns that lie between them. q r_h and q r_w are further channels of the query, and keys say with
+    as many channels in which row and column they are: there is no bias of (h w, h w), which takes
+    0.8 GB for SAM ViT-B at 1024 x 1024.
+    """
+
+    def __init__(self, attention: nn.Module):
+        """
+        Args:
+            attention: transformers' ``SamVisionAttention``, whose parameters this takes under their names.
+        """
+        super().__init__()
+        self.num_heads = attention.num_attention_heads
+        self.qkv, self.proj = attention.qkv, attention.proj
+        self.rel_pos_h, self.rel_pos_w = attention.rel_pos_h, attention.rel_pos_w
+        height, width = ((len(table) + 1) // 2 for table in (self.rel_pos_h, self.rel_pos_w))
+        for name, length in (("rows", height), ("columns", width)):
+            at = torch.arange(length)
+            between = at[:, None] - at + length - 1  # rows of the table, (query, key)
+            self.register_buffer(f"{name}_between", between, persistent=False)
+        places = [torch.eye(height).repeat_interleave(width, 0), torch.eye(width).repeat(height, 1)]
+        self.register_buffer("places", torch.cat(places, 1), persistent=False)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
+        """(B, h, w, C) of the size that the tables are of -> the same, and no attention weights."""
+        qkv = self.qkv(hidden_states).unflatten(3, (3, self.num_heads, -1))
+        query, key, value = qkv.permute(3, 0, 4, 1, 2, 5)  # (B, heads, h, w, d) each
+        dim = query.shape[-1]
+        rows = torch.einsum("bnhwd,hkd->bnhwk", query, self.rel_pos_h[self.rows_between])
+        columns = torch.einsum("bnhwd,wkd->bnhwk", query, self.rel_pos_w[self.columns_between])
+        query = torch.cat([query * dim**-0.5, rows, columns], -1).flatten(2, 3)
+        places = self.places.to(key.dtype).expand(*key.shape[:2], -1, -1)
+        key = torch.cat([key.flatten(2, 3), places], -1)
+        # Fused kernels want values as wide as keys.
+        value = F.pad(value.flatten(2, 3), (0, places.shape[-1]))
+        attended = F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :dim]
+        attended = attended.transpose(1, 2).flatten(2)
+        return self.proj(attended.unflatten(1, hidden_states.shape[1:3])), None
 
 
 class _ConvStem(nn.Module):

@@ -65,7 +65,7 @@ class WindowAttention(nn.Module):
 
     def __init__(self, *, dim: int, num_heads: int, window_size: int, shift: int):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.window_size = window_size
         self.shift = shift
         self.relative_position_bias_table = nn.Parameter(
@@ -87,15 +87,17 @@ class WindowAttention(nn.Module):
         qkv = self.qkv(tokens)
         if token_at.shape[0] > qkv.shape[1]:
             qkv = torch.cat([qkv, self.qkv.bias.to(qkv.dtype).expand(batch, 1, -1)], 1)
-        qkv = qkv.index_select(1, token_at).view(-1, area, qkv.shape[-1])
-        query, key, value = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = qkv.index_select(1, token_at).view(batch, -1, area, 3, self.num_heads, self.head_dim)
+        qkv = qkv.permute(3, 0, 1, 4, 2, 5)  # (3, B, n, heads, M * M, channels of a head)
         bias = self.relative_position_bias_table[self.relative_position_index]
         bias = bias.view(area, area, -1).permute(2, 0, 1)[None]
-        if mask is not None:
-            bias = (bias + mask).expand(batch, -1, -1, -1, -1).flatten(0, 1)
-        attended = F.scaled_dot_product_attention(query, key, value, bias.to(query.dtype))
-        attended = attended.transpose(1, 2).reshape(batch, token_at.shape[0], -1)
-        return self.proj(attended.index_select(1, place_of))
+        if mask is None:
+            qkv = qkv.flatten(1, 2)
+        else:  # of each window another bias, but of each image the same
+            qkv, bias = qkv.flatten(2, 3), (bias + mask).flatten(0, 1)[None]
+        attended = F.scaled_dot_product_attention(*qkv, bias.to(qkv.dtype))
+        attended = attended.view(batch, -1, self.num_heads, area, self.head_dim).transpose(2, 3)
+        return self.proj(attended.reshape(batch, token_at.shape[0], -1).index_select(1, place_of))
 
 
 class SwinMLP(nn.Module):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from detectron2.modeling import build_backbone
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ris_d2 import get_ris_cfg
 from ris_d2.modeling.backbone import RISSAMViT
@@ -47,6 +48,42 @@ def test_features_are_outputs_of_the_blocks_with_global_attention():
     assert torch.equal(outputs["neck"], expected.last_hidden_state)
     # Random weights of a usable size, where the library's own give 1e-8.
     assert outputs["global2"].std() > 0.1
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(x)]
+        self.elements = max([self.elements, *(x.numel() for x in tensors)])
+        return out
+
+
+def test_attention_equals_transformers_own_and_makes_no_tensor_of_tokens_times_tokens():
+    from transformers.models.sam.modeling_sam import SamVisionSdpaAttention
+
+    model = tiny(image_size=(128, 128))  # 16 x 16 tokens, two heads
+    for block, size in ((model.vision_encoder.layers[0], 4), (model.vision_encoder.layers[1], 16)):
+        own = block.attn
+        torch.nn.init.normal_(own.rel_pos_h)
+        torch.nn.init.normal_(own.rel_pos_w)
+        theirs = SamVisionSdpaAttention(model.vision_encoder.config, size if size == 4 else 0)
+        theirs.load_state_dict(own.state_dict())
+        tokens = torch.randn(2, size, size, 16)
+        results = []
+        for attention in (own, theirs):
+            with torch.no_grad(), Largest() as largest:
+                attention(tokens)
+            out = attention(tokens)[0]
+            gradients = torch.autograd.grad(out.square().sum(), list(attention.parameters()))
+            results.append((largest.elements, out, *gradients))
+        (elements, *ours), (_, *expected) = results
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+        if size == 16:
+            assert elements < 2 * 256 * 256  # of one image and one head
 
 
 def test_a_window_sees_itself_and_a_global_block_everything():
