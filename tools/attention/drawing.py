@@ -1,18 +1,20 @@
 """Pictures of where models look."""
 
+import cv2
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from ris_d2.io import atomic_write
 from ris_d2.visualization import (
     PREDICTION_COLOR,
     TARGET_COLOR,
-    attention_map,
     overlay,
     picture_grid,
-    region_words,
     write_png,
 )
 
@@ -58,6 +60,66 @@ def draw_tsne(path: str, text: str, models: dict[str, Looked]) -> None:
     )
     with atomic_write(path, mode="wb") as file:
         figure.savefig(file, format="png", dpi=110)
+
+
+def attention_map(image: np.ndarray, weights: np.ndarray, *, alpha: float = 0.75) -> np.ndarray:
+    """Lay a heat map over a greyed image; the heat is the brighter and the denser the larger the weight.
+
+    Args:
+        image: RGB uint8 (H,W,3).
+        weights: float (h,w) of any size; shown between its own minimum and maximum, so that two maps
+            are comparable in shape and not in strength. A map that is constant but for rounding shows
+            no heat.
+        alpha: opacity at the largest weight.
+
+    Returns:
+        RGB uint8 (H,W,3).
+
+    Raises:
+        ValueError: ``weights`` has another shape, or holds a value that is not finite.
+    """
+    weights = np.asarray(weights, dtype=np.float32)
+    if weights.ndim != 2 or not np.isfinite(weights).all():
+        raise ValueError(f"weights of shape {weights.shape} are no (h,w) array of finite values")
+    span = float(weights.max() - weights.min())
+    constant = span <= 1e-5 * float(np.abs(weights).max())
+    heat = np.zeros_like(weights) if constant else (weights - weights.min()) / span
+    heat = np.clip(cv2.resize(heat, image.shape[1::-1], interpolation=cv2.INTER_CUBIC), 0, 1)
+    colors = 255 * matplotlib.colormaps["inferno"](heat)[..., :3]
+    grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    opacity = (alpha * np.sqrt(heat))[..., None]  # the root keeps middling weights visible
+    return np.rint((1 - opacity) * grey + opacity * colors).astype(np.uint8)
+
+
+def region_words(
+    image: np.ndarray, box: tuple[int, int, int, int], words: list[str], weights: np.ndarray
+) -> np.ndarray:
+    """Draw a region of an image beside the weights that it gives to the words of a sentence.
+
+    Args:
+        image: RGB uint8 (H,W,3).
+        box: (x0, y0, x1, y1) of the region, in pixels.
+        words: L of them, in the order of the sentence.
+        weights: float (L,).
+
+    Returns:
+        RGB uint8 (H',W',3).
+    """
+    figure = Figure(figsize=(8, max(3, 0.3 * len(words))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.imshow(image)
+    left.set_axis_off()
+    size = (box[2] - box[0], box[3] - box[1])
+    for color, width in (("white", 4), (_rgb(PREDICTION_COLOR), 2)):
+        left.add_patch(Rectangle(box[:2], *size, fill=False, color=color, linewidth=width))
+    bars = right.barh(range(len(words)), weights, color=_rgb(PREDICTION_COLOR), tick_label=words)
+    right.bar_label(bars, fmt="%.2f", padding=3)
+    right.set(xlim=(0, 1.2 * max(*weights, 1e-12)), xticks=[])
+    right.invert_yaxis()
+    right.spines[:].set_visible(False)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _rgb(color: tuple[int, int, int]) -> tuple[float, ...]:
