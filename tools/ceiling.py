@@ -81,9 +81,10 @@ def measure(cfg: CfgNode, *, per_band: int, steps: int, seed: int = 0) -> dict:
     model = build_model(cfg).eval()
     outputs, logits = _free_outputs(model, tested)
     optimizer = torch.optim.Adam([logits], lr=RATE)
+    targets = model.prepare_targets([trained])
     for _ in range(steps):
         optimizer.zero_grad()
-        sum(model.losses(outputs, [trained]).values()).backward()
+        sum(model.losses(outputs, targets).values()).backward()
         optimizer.step()
     with torch.no_grad():
         masks = model.predict(outputs, slice(None), tested)[0].numpy()

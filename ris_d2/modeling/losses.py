@@ -34,10 +34,14 @@ def mask_dice(logits: Tensor, targets: Tensor, *, smooth: float = 1.0) -> Tensor
     return 1 - (2 * overlap + smooth) / (probabilities.sum(1) + targets.sum(1) + smooth)
 
 
-def mean_over_processes(count: int, device: torch.device) -> float:
-    """Mean of ``count`` over the processes, so that DDP's mean of gradients is the mean over samples."""
+def mean_over_processes(count: float, device: torch.device) -> float | Tensor:
+    """Mean of ``count`` over the processes, so that DDP's mean of gradients is the mean over samples.
+
+    To be divided by: where nothing was counted, and 0 is to be divided, it is just not 0.
+    """
+    nothing = 1e-6
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return float(count)
-    total = torch.tensor(float(count), device=device)
+        return max(float(count), nothing)
+    total = torch.full((), float(count), device=device)  # not read: that would wait for a GPU
     torch.distributed.all_reduce(total)
-    return total.item() / torch.distributed.get_world_size()
+    return (total / torch.distributed.get_world_size()).clamp(min=nothing)

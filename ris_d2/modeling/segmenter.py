@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.structures import BitMasks, Instances
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from .layers import ExistenceHead, resize_maps
@@ -174,26 +174,36 @@ class ReferringSegmenter(nn.Module):
         """
         raise NotImplementedError
 
-    def losses(self, outputs: dict[str, Any], batched_inputs: list[dict]) -> dict[str, Tensor]:
+    def prepare_targets(self, batched_inputs: list[dict]) -> dict[str, Any]:
+        """What ``losses`` compares outputs with, made on the CPU and moved before the forward pass.
+
+        Args:
+            batched_inputs: as in ``forward``.
+
+        Returns:
+            "masks" bool (E, H, W), the referred masks at the padded input size; "exists" float (E,).
+        """
+        exists = torch.cat([x["targets"].any(1) for x in batched_inputs]).float()
+        return {"masks": self._move(self._referred_masks(batched_inputs)), "exists": self._move(exists)}
+
+    def losses(self, outputs: dict[str, Any], targets: dict[str, Any]) -> dict[str, Tensor]:
         """Weighted losses of a batch.
 
         Args:
             outputs: of ``segment``.
-            batched_inputs: as in ``forward``; their sum E expressions in the order of ``outputs``.
+            targets: of ``prepare_targets``; E expressions in the order of ``outputs``.
 
         Returns:
             name (starting with "loss") -> scalar, the mean over the samples of all processes. A
             method whose losses are means over something else says what, for accumulation, by
             ``loss_counts`` (see DeRIS).
         """
-        masks = self._referred_masks(batched_inputs)
-        losses = self.mask_losses(outputs, masks)
+        losses = self.mask_losses(outputs, targets["masks"])
         if self.existence_head is not None:
-            exists = self._move(torch.cat([x["targets"].any(1) for x in batched_inputs]))
             losses["loss_existence"] = self.existence_weight * F.binary_cross_entropy_with_logits(
-                outputs["existence_logits"].float(), exists.float(), reduction="none"
+                outputs["existence_logits"].float(), targets["exists"], reduction="none"
             )
-        count = mean_over_processes(len(masks), self.device)
+        count = mean_over_processes(len(targets["exists"]), self.device)
         return {name: loss.sum() / count for name, loss in losses.items()}
 
     def predict(
@@ -286,38 +296,43 @@ class ReferringSegmenter(nn.Module):
     # What the base does.
 
     def _training_step(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
-        image_index, input_ids, text_mask = self._collate_text(batched_inputs)
+        text = self._collate_text(batched_inputs)
         images, views = self._collate_images(batched_inputs)
         # Before the forward pass: a GPU copies them while it computes, and the losses need not wait.
-        batched_inputs = [self._move_masks(x) for x in batched_inputs]
+        targets = self.prepare_targets(batched_inputs)
         with self._autocast():
-            features = self.encode_images(images, views)
-            outputs = self.segment(features, image_index, input_ids, text_mask)
-            if self.existence_head is not None:
-                outputs["existence_logits"] = self.existence_head(outputs["sentence"])
-        return self.losses(outputs, batched_inputs)
+            outputs = self._segment(self.encode_images(images, views), *text)
+        return self.losses(outputs, targets)
 
     @torch.no_grad()
     def _inference(self, batched_inputs: list[dict]) -> list[dict]:
-        image_index, input_ids, text_mask = self._collate_text(batched_inputs)
+        text = self._collate_text(batched_inputs)
+        images, views = self._collate_images(batched_inputs)
         with self._autocast():
-            features = self.encode_images(*self._collate_images(batched_inputs))
+            features = self.encode_images(images, views)
         results: list[dict] = []
         owners = [(x, e) for x in batched_inputs for e in x["expressions"]]
-        for start in range(0, len(input_ids), self.max_expressions):
+        for start in range(0, len(owners), self.max_expressions):
             part = slice(start, start + self.max_expressions)
             with self._autocast():
-                outputs = self.segment(
-                    features, image_index[part], input_ids[part], text_mask[part]
-                )
-                if self.existence_head is not None:
-                    outputs["existence_logits"] = self.existence_head(outputs["sentence"])
+                outputs = self._segment(features, *(x[part] for x in text))
             results.extend(self._results(outputs, owners[part]))
+        # All numbers at once and last: reading waits for a GPU.
+        numbers = torch.stack([torch.stack([x["score"], x["no_target"]]) for x in results])
+        for result, (score, no_target) in zip(results, numbers.tolist(), strict=True):
+            result.update(score=score, no_target=bool(no_target))
         remaining = iter(results)
         return [{"referring": [next(remaining) for _ in x["expressions"]]} for x in batched_inputs]
 
+    def _segment(self, features: Any, *text: Tensor) -> dict[str, Any]:
+        outputs = self.segment(features, *text)
+        if self.existence_head is not None:
+            outputs["existence_logits"] = self.existence_head(outputs["sentence"])
+        return outputs
+
     def _results(self, outputs: dict[str, Any], owners: Sequence[tuple[dict, dict]]) -> list[dict]:
-        """Outputs of E expressions and the (input, expression) each belongs to -> E results."""
+        """Outputs of E expressions and the (input, expression) each belongs to -> E results, whose "score"
+        and "no_target" are float tensors ()."""
         results = []
         # Expressions of one image share its geometry and are restored together.
         for group in _runs([id(x) for x, _ in owners]):
@@ -333,12 +348,7 @@ class ReferringSegmenter(nn.Module):
                     "instances": predicted,
                 }
                 for (_, expression), mask, score, no_target, predicted in zip(
-                    owners[group],
-                    masks,
-                    scores.tolist(),
-                    absent.tolist(),
-                    instances,
-                    strict=True,
+                    owners[group], masks, scores, absent.float(), instances, strict=True
                 )
             )
         return results
@@ -391,13 +401,6 @@ class ReferringSegmenter(nn.Module):
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
-    def _move_masks(self, inputs: dict) -> dict:
-        """The same inputs with gt_masks on the model's device."""
-        instances = inputs["instances"]
-        masks = BitMasks(self._move(instances.gt_masks.tensor))
-        fields = {**instances.get_fields(), "gt_masks": masks}
-        return {**inputs, "instances": Instances(instances.image_size, **fields)}
-
     def _collate_text(self, batched_inputs: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
         counts = torch.tensor([len(x["input_ids"]) for x in batched_inputs])
         if not counts.any():
@@ -419,16 +422,18 @@ class ReferringSegmenter(nn.Module):
         return tuple(self._move(x) for x in (image_index, input_ids, text_mask))
 
     def _referred_masks(self, batched_inputs: list[dict]) -> Tensor:
-        """Union of each expression's instances: bool (sum E, H, W) at the padded input size."""
-        height, width = self.input_size
-        masks = []
+        """Union of each expression's instances: bool (E, H, W) at the padded input size, on the CPU."""
+        unions = []
         for x in batched_inputs:
-            targets = self._move(x["targets"])
-            instances = x["instances"].gt_masks.tensor.to(self.device)
-            union = targets.float() @ instances.flatten(1).float() > 0
-            h, w = x["image"].shape[-2:]
-            masks.append(F.pad(union.view(-1, h, w), (0, width - w, 0, height - h)))
-        return torch.cat(masks)
+            masks = self._pad(x["instances"].gt_masks.tensor)
+            union = x["targets"].float() @ masks.flatten(1).float() > 0
+            unions.append(union.view(-1, *masks.shape[1:]))
+        return torch.cat(unions)
+
+    def _pad(self, masks: Tensor) -> Tensor:
+        """(N, h, w) -> (N, H, W), the model's input size."""
+        height, width = self.input_size
+        return F.pad(masks, (0, width - masks.shape[-1], 0, height - masks.shape[-2]))
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         dtype = _DTYPES[self.precision]

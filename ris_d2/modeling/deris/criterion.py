@@ -64,6 +64,8 @@ class DeRISCriterion(nn.Module):
         self.aux_weight = aux_weight
         self.existence_weight = existence_weight
         self.not_referred_weight = not_referred_weight
+        label_weights = torch.tensor([1.0, not_referred_weight])
+        self.register_buffer("label_weights", label_weights, persistent=False)
         self.num_points = num_points
         self.oversample_ratio = oversample_ratio
         self.importance_ratio = importance_ratio
@@ -128,14 +130,15 @@ class DeRISCriterion(nn.Module):
                 owners,
                 [name for name, size in zip(names, unit_sizes, strict=True) for _ in range(size)],
             )
-            expressions = owners[matched]  # as they: on the CPU
+            indices = torch.stack([owners[matched], queries, matched])  # matched on the CPU
+            expressions, queries, matched = indices.to(device, non_blocking=True)
             class_losses = self._class_losses(rounds, expressions, queries)
             mask_losses, dice_losses = self._mask_losses(
                 rounds, expressions, queries, masks, matched
             )
-            exists = torch.cat([rows.any(1) for rows in targets]).to(device)
+            exists = torch.cat([rows.any(1) for rows in targets]).float()
             existence = F.binary_cross_entropy_with_logits(
-                existence_logits.float(), exists.float(), reduction="sum"
+                existence_logits.float(), exists.to(device, non_blocking=True), reduction="sum"
             ) / mean_over_processes(len(exists), device)
         losses = {"loss_existence": self.existence_weight * existence}
         last = len(rounds) - 1
@@ -170,19 +173,16 @@ class DeRISCriterion(nn.Module):
         """Two-class cross-entropy, weighted mean over all queries: round -> scalar."""
         numbers = [number for number, outputs in enumerate(rounds) if "class_logits" in outputs]
         logits = torch.stack([rounds[number]["class_logits"].float() for number in numbers])
-        # On the CPU, which knows them: a GPU's sum of weights would have to be waited for.
-        labels = torch.ones(logits.shape[:3], dtype=torch.int64)
-        slots = torch.arange(len(numbers))[:, None]
-        labels[slots, expressions[numbers], queries[numbers]] = 0
-        weight = torch.tensor([1.0, self.not_referred_weight])
+        labels = torch.ones(logits.shape[:3], dtype=torch.int64, device=logits.device)
+        for row, number in zip(labels, numbers, strict=True):
+            row[expressions[number], queries[number]] = 0
         losses = F.cross_entropy(
-            logits.flatten(0, 2),
-            labels.flatten().to(logits.device, non_blocking=True),
-            weight.to(logits.device, non_blocking=True),
-            reduction="none",
+            logits.flatten(0, 2), labels.flatten(), self.label_weights, reduction="none"
         )
-        # All rounds match equally many queries: one normaliser.
-        count = mean_over_processes(float(weight[labels[0]].sum()), logits.device)
+        # All rounds match equally many queries: one normaliser, the sum of the labels' weights.
+        matched = queries.shape[1]
+        weight = matched + self.not_referred_weight * (labels[0].numel() - matched)
+        count = mean_over_processes(weight, logits.device)
         return dict(zip(numbers, losses.view(len(numbers), -1).sum(1) / count, strict=True))
 
     def _mask_losses(
@@ -194,8 +194,6 @@ class DeRISCriterion(nn.Module):
         matched: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy and dice on points: (R,), (R,)."""
-        indices = torch.stack([expressions, queries, matched])
-        expressions, queries, matched = indices.to(masks.device, non_blocking=True)
         logits = torch.cat(
             [
                 outputs["mask_logits"][e, q]
@@ -217,7 +215,7 @@ class DeRISCriterion(nn.Module):
         overlap = (probabilities * truths).sum(1)
         dice = 1 - (2 * overlap + 1) / (probabilities.sum(1) + truths.sum(1) + 1)
         # Released: at least 1. With fewer targets than processes that would not be one process' loss.
-        count = mean_over_processes(len(masks), logits.device) or 1.0
+        count = mean_over_processes(len(masks), logits.device)
         return bce.view(matched.shape).sum(1) / count, dice.view(matched.shape).sum(1) / count
 
 
@@ -225,10 +223,6 @@ def _referred(
     instance_masks: Sequence[Tensor], targets: Sequence[Tensor], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Referred instances of all expressions: masks float (M, H, W), their expressions int64 (M,) on the CPU."""
-    owners, masks, first = [], [], 0
-    for unit_masks, unit_targets in zip(instance_masks, targets, strict=True):
-        expression, instance = unit_targets.cpu().nonzero(as_tuple=True)
-        owners.append(first + expression)
-        masks.append(unit_masks.to(device)[instance.to(device, non_blocking=True)])
-        first += len(unit_targets)
-    return torch.cat(masks).float(), torch.cat(owners)
+    owners, instances = torch.block_diag(*targets).nonzero().T
+    masks = torch.cat(list(instance_masks)).to(device, non_blocking=True)
+    return masks[instances.to(device, non_blocking=True)].float(), owners

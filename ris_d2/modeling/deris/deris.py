@@ -115,19 +115,17 @@ class DeRIS(ReferringSegmenter):
         existence_logits = self.cognition.existence(queries, text, text_mask)
         return {"rounds": rounds, "existence_logits": existence_logits}
 
-    def losses(self, outputs: dict[str, Any], batched_inputs: list[dict]) -> dict[str, Tensor]:
-        height, width = self.input_size
-        masks = []
-        for x in batched_inputs:
-            own = x["instances"].gt_masks.tensor.to(self.device)
-            masks.append(F.pad(own, (0, width - own.shape[-1], 0, height - own.shape[-2])))
-        return self.criterion(
-            outputs["rounds"],
-            outputs["existence_logits"],
-            masks,
-            [x["targets"] for x in batched_inputs],
-            [str(x.get("file_name", x.get("image_id"))) for x in batched_inputs],
-        )
+    def prepare_targets(self, batched_inputs: list[dict]) -> dict[str, Any]:
+        """The last three arguments of the criterion; the instances' masks are moved in one piece."""
+        masks = [self._pad(x["instances"].gt_masks.tensor) for x in batched_inputs]
+        return {
+            "instance_masks": self._move(torch.cat(masks)).split([len(own) for own in masks]),
+            "targets": [x["targets"] for x in batched_inputs],
+            "names": [str(x.get("file_name", x.get("image_id"))) for x in batched_inputs],
+        }
+
+    def losses(self, outputs: dict[str, Any], targets: dict[str, Any]) -> dict[str, Tensor]:
+        return self.criterion(outputs["rounds"], outputs["existence_logits"], **targets)
 
     def loss_counts(self, batched_inputs: list[dict]) -> dict[str, float]:
         """What the criterion's normalisers count, for accumulation: start of a loss's name -> count."""
@@ -144,21 +142,23 @@ class DeRIS(ReferringSegmenter):
         scores = last["class_logits"][rows].float().softmax(-1)[..., 0]
         if self.score_weighted:
             scores = scores * existence[:, None]
-        kept = scores > self.score_threshold
+        chosen = scores > self.score_threshold
         if self.keep_best:
-            kept |= ~kept.any(1, keepdim=True) & (scores == scores.max(1, keepdim=True).values)
-        wanted = torch.ones_like(kept) if self.return_instances else kept
-        masks = self._restore_queries(last["mask_logits"][rows][wanted], inputs)
-        expressions = wanted.nonzero()[:, 0]
-        union = masks.new_zeros(len(kept), *masks.shape[1:], dtype=torch.uint8)
-        union.index_add_(0, expressions, (masks & kept[wanted][:, None, None]).to(torch.uint8))
-        instances: list[Instances | None] = [None] * len(kept)
+            chosen |= ~chosen.any(1, keepdim=True) & (scores == scores.max(1, keepdim=True).values)
+        # A wait for the GPU: of ten queries one or two are chosen, and only their masks are restored.
+        wanted = torch.ones(chosen.shape) if self.return_instances else chosen.cpu()
+        expressions, queries = wanted.nonzero().T.to(chosen.device, non_blocking=True)
+        masks = self._restore_queries(last["mask_logits"][rows][expressions, queries], inputs)
+        union = masks.new_zeros(len(chosen), *masks.shape[1:], dtype=torch.uint8)
+        own = masks & chosen[expressions, queries][:, None, None]
+        union.index_add_(0, expressions, own.to(torch.uint8))
+        instances: list[Instances | None] = [None] * len(chosen)
         if self.return_instances:
             instances = [
                 Instances(masks.shape[1:], pred_masks=own, scores=own_scores)
-                for own, own_scores in zip(masks.split(kept.shape[1]), scores, strict=True)
+                for own, own_scores in zip(masks.split(chosen.shape[1]), scores, strict=True)
             ]
-        return union > 0, existence, ~kept.any(1), instances
+        return union > 0, existence, ~chosen.any(1), instances
 
     def _restore_queries(self, logits: Tensor, inputs: dict) -> Tensor:
         """(M, h, w) -> bool (M, height, width), M may be 0."""
