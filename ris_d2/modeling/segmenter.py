@@ -184,7 +184,10 @@ class ReferringSegmenter(nn.Module):
             "masks" bool (E, H, W), the referred masks at the padded input size; "exists" float (E,).
         """
         exists = torch.cat([x["targets"].any(1) for x in batched_inputs]).float()
-        return {"masks": self._move(self._referred_masks(batched_inputs)), "exists": self._move(exists)}
+        return {
+            "masks": self._move(self._referred_masks(batched_inputs)),
+            "exists": self._move(exists),
+        }
 
     def losses(self, outputs: dict[str, Any], targets: dict[str, Any]) -> dict[str, Tensor]:
         """Weighted losses of a batch.
