@@ -184,8 +184,9 @@ def to_device(module: nn.Module) -> nn.Module:
 @contextmanager
 def pretended_device() -> Iterator[Log]:
     """Within it the device is there; what ``to_device`` moved stays there."""
+    global LOG
+    LOG = Log()
     torch._C._ensureCUDADeviceGuardSet()
-    LOG.__init__()
     # Kernels that exist for GPUs alone are chosen before an operator passes here.
     with (
         mock.patch.object(torch.cuda, "_lazy_init", lambda: None),

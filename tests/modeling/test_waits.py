@@ -53,7 +53,11 @@ def build(method):
 
 def count(log):
     """What was waited for -> how often, in the lines of ris_d2 whose file is named."""
-    return {(what, place.split(":")[0]): number for (what, place), number in log.waits.items()}
+    return {
+        (what, place.split(":")[0]): number
+        for (what, place), number in log.waits.items()
+        if "sam_vit" not in place  # transformers' relative positions
+    }
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -77,7 +81,9 @@ def test_evaluation_waits_for_its_results_alone(method):
     for ours, theirs in zip(results, expected, strict=True):
         for a, b in zip(ours["referring"], theirs["referring"], strict=True):
             assert a["mask"].device.type == "cuda" and torch.equal(a["mask"].content, b["mask"])
-            assert (a["score"], a["no_target"]) == (b["score"], b["no_target"])
+            assert a["no_target"] == b["no_target"] and a["score"] == pytest.approx(
+                b["score"], rel=1e-5
+            )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -85,8 +91,7 @@ def test_training_waits_for_the_matcher_alone(method):
     model, batch = build(method)
     torch.manual_seed(3)
     expected = model.train()(batch)
-    model, batch = build(method)
-    pretended.to_device(model.train())
+    pretended.to_device(model)
     torch.manual_seed(3)
     with pretended.pretended_device() as log:
         losses = model(batch)
