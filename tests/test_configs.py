@@ -139,9 +139,10 @@ def test_every_key_is_read(tmp_path, monkeypatch):
     ours -= {"MODEL.DEVICE"}
     Recorder.seen = set()
     register_from_config(Recorder.of(get_ris_cfg()))
-    for schedule in ("cosine", "poly"):
+    for schedule, optimizer in (("cosine", "AdamW"), ("poly", "Muon")):
         cfg = load_config(str(CONFIGS / "instant_test" / "shared_ris.yaml"))
         cfg.SOLVER.RIS.SCHEDULE, cfg.OUTPUT_DIR = schedule, str(tmp_path / schedule)
+        cfg.SOLVER.RIS.OPTIMIZER = optimizer
         cfg.DATALOADER.NUM_WORKERS = 0
         trainer = Trainer(Recorder.of(cfg))
     Trainer.build_evaluator(trainer.cfg, "ris_grefshapes_val")
