@@ -153,8 +153,8 @@ def test_picture_grid_places_pictures_under_their_columns(image):
     assert (xs.min(), xs.max() + 1) == (12 + 92, 12 + 92 + 80)
     assert ys.max() + 1 - ys.min() == 60
     below, right = np.nonzero(dark)
-    assert (right.min(), right.max() + 1) == (12 + 2 * 92, 12 + 2 * 92 + 80)
-    assert below.max() + 1 - below.min() == 160, "twice the size, as wide as the cell"
+    assert (right.min(), right.max() + 1) == (12 + 2 * 92, 12 + 2 * 92 + 60)
+    assert below.max() + 1 - below.min() == 120, "a tall one is 1.5 x as high as a cell is wide"
     assert below.min() > ys.max(), "a row of its own"
     titled = picture_grid(rows, columns=["grey", "dark"], cell=80, title="sentence")
     assert titled.shape[0] > grid.shape[0]
