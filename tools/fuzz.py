@@ -694,14 +694,6 @@ def safetensors_files() -> dict[str, File]:
     }
 
 
-def script_files() -> dict[str, File]:
-    data = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.script(_model()), data)
-    return {"model.pt": File(data.getvalue(), ((_entries(data.getvalue()), dump_archive),))}
-
-
 def read_checkpoint(name: str) -> None:
     path = here(name)
     content = read_weights(path)
@@ -789,7 +781,6 @@ READERS = {
     "pth_old": Reader(old_pth_files, read_checkpoint),
     "pkl": Reader(pkl_files, read_checkpoint),
     "safetensors": Reader(safetensors_files, read_checkpoint),
-    "torchscript": Reader(script_files, read_checkpoint),
     "config": Reader(config_files, lambda name: load_config(here("leaf.yaml"))),
     "study": Reader(study_files, read_study),
 }

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from ..io import load_pickle, numpy_globals, reading
-from .script import is_script, read_script
 
 __all__ = ["file_hash", "is_whole", "read_weights"]
 
@@ -22,18 +21,17 @@ def read_weights(path: str | os.PathLike) -> dict[str, Any]:
     """Read a weight file onto the CPU.
 
     ``.safetensors``; ``.pkl`` (detectron2's zoo, arrays become tensors); anything else is read as
-    torch.save's format, whatever its extension (BEiT-3's ``.zip``), or as a TorchScript archive
-    (OpenAI's CLIP), of which the tensors are taken and the code is left alone. Pickled objects are
-    limited to tensors, plain containers, numpy's numbers and argparse.Namespace. Archives are
-    compared with their checksums; the other formats have none.
+    torch.save's format, whatever its extension (BEiT-3's ``.zip``). Pickled objects are limited to
+    tensors, plain containers, numpy's numbers and argparse.Namespace. Archives are compared with
+    their checksums; the other formats have none.
 
     Returns:
         the file's content: tensors by name, or a dict that holds them beside other data.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, damaged, of another format, the file holds other Python objects, or
-            it announces more data than it has.
+        ValueError: truncated, damaged, of another format (TorchScript), the file holds other Python
+            objects, or it announces more data than it has.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -43,10 +41,9 @@ def read_weights(path: str | os.PathLike) -> dict[str, Any]:
             content = _read_safetensors(path)
         elif path.endswith(".pkl"):
             content = _to_tensors(load_pickle(path), {})
-        elif _is_archive(path):
-            _check_archive(path)
-            content = read_script(path) if is_script(path) else _read_torch(path)
         else:
+            if _is_archive(path):
+                _check_archive(path)
             content = _read_torch(path)
         if not isinstance(content, Mapping):
             raise ValueError(f"{path}: holds a {type(content).__name__}, not weights by name")
@@ -71,8 +68,12 @@ def _is_archive(path: str) -> bool:
 def _check_archive(path: str) -> None:
     """Read all entries of an archive once, for their checksums, which torch does not look at."""
     with zipfile.ZipFile(path) as archive:
-        # The code of a TorchScript archive is compressed; it is not read.
-        entries = [entry for entry in archive.infolist() if "/code/" not in entry.filename]
+        entries = archive.infolist()
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise ValueError(
+                f"{path}: a TorchScript archive is a program, not weights; for OpenAI's ViT-B-16.pt "
+                "give hf://openai/clip-vit-base-patch16/pytorch_model.bin, the same weights"
+            )
         announced, size = sum(entry.file_size for entry in entries), os.path.getsize(path)
         if announced > size:
             raise ValueError(

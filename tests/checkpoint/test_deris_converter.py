@@ -284,7 +284,7 @@ def test_names_that_are_not_released_are_refused(tmp_path):
 
 
 def test_other_formats_are_refused():
-    with pytest.raises(ValueError, match="not a released DeRIS checkpoint: .*backbone.weight"):
+    with pytest.raises(ValueError, match="not a released DeRIS checkpoint, .*backbone.weight"):
         convert_state_dict({"backbone.weight": torch.ones(1)}, "deris")
 
 

@@ -97,6 +97,14 @@ def test_other_content(tmp_path):
         read_weights(tmp_path / "absent.pth")
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.jit's farewell
+def test_a_torchscript_archive_is_refused_with_the_file_to_use_instead(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "ViT-B-16.pt"))
+    advice = "ViT-B-16.pt: a TorchScript archive .*hf://openai/clip-vit-base-patch16/pytorch_model"
+    with pytest.raises(ValueError, match=advice):
+        read_weights(tmp_path / "ViT-B-16.pt")
+
+
 def test_a_flipped_bit_is_noticed(tmp_path):
     path = tmp_path / "model.pth"
     torch.save({"model": WEIGHTS, "iteration": 3}, path)

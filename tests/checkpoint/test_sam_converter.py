@@ -131,7 +131,7 @@ def test_mask_decoder(published, sam):
 
 @pytest.mark.parametrize("source", ["sam", "sam_decoder"])
 def test_other_files_are_refused(source):
-    with pytest.raises(ValueError, match="not a SAM checkpoint: .*backbone.weight"):
+    with pytest.raises(ValueError, match="not a SAM checkpoint, .*backbone.weight"):
         convert_state_dict({"backbone.weight": torch.ones(1)}, source)
 
 

@@ -69,6 +69,6 @@ def convert_state_dict(state_dict: Mapping, source: str) -> dict[str, Tensor]:
 def convert_released(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert the state dict of a method's released checkpoint; any other is returned as it is."""
     for converter in CONVERTERS.values():
-        if converter.recognises is not None and converter.recognises(state_dict):
+        if converter.is_whole_model and converter.recognises(state_dict):
             return converter.convert(state_dict)
     return state_dict

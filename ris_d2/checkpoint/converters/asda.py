@@ -6,10 +6,9 @@ pass never calls; both are left out.
 
 import re
 
-import torch
 from torch import Tensor
 
-from .base import Converter
+from .base import Converter, split_attention, substitute
 from .clip import convert_tower
 
 __all__ = ["CONVERTER"]
@@ -54,7 +53,6 @@ _RENAMED = {
     r"^proj([123])\.": lambda m: f"coefficients.convs.{int(m[1]) - 1}.",
     r"^projout\.": "coefficients.out.",
     r"\.self_attn\.": ".attention.",
-    r"\.out_proj\.": ".out.",
     r"\.linear1\.": ".feed_forward.0.",
     r"\.linear2\.": ".feed_forward.3.",
     r"\.conv\.": ".0.",
@@ -62,16 +60,7 @@ _RENAMED = {
 }
 
 
-def _recognises(state_dict: dict[str, Tensor]) -> bool:
-    return {"textmodel_pos_embed", "vis_select.weight"} <= state_dict.keys()
-
-
 def _convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    if not _recognises(state_dict):
-        raise ValueError(
-            "not a released ASDA checkpoint: no textmodel_pos_embed or no vis_select.weight; it has "
-            f"e.g. {', '.join(list(state_dict)[:3])}"
-        )
     vision, text, converted = {}, {}, {}
     for name, value in state_dict.items():
         if _DEAD.match(name):
@@ -85,17 +74,13 @@ def _convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             value = value[0] if prefix == "textmodel_pos_embed" else value
             text[_TEXT[prefix] + name[len(prefix) :]] = value
         else:
-            converted.update(_rename(name, value))
+            converted.update(split_attention(substitute(name, _RENAMED), value))
     return {**convert_tower("vision", vision), **convert_tower("text", text), **converted}
 
 
-def _rename(name: str, value: Tensor) -> dict[str, Tensor]:
-    for pattern, replacement in _RENAMED.items():
-        name = re.sub(pattern, replacement, name)
-    if ".in_proj_" not in name:
-        return {name: value}
-    parts = zip(("query", "key", "value"), torch.chunk(value, 3), strict=True)
-    return {name.replace("in_proj_", f"{part}."): third for part, third in parts}
-
-
-CONVERTER = Converter(convert=_convert, recognises=_recognises)
+CONVERTER = Converter(
+    title="a released ASDA checkpoint",
+    needs=("textmodel_pos_embed", "vis_select.weight"),
+    rename=_convert,
+    is_whole_model=True,
+)

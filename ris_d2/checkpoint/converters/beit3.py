@@ -6,27 +6,14 @@ Everything of the encoder lies under ``beit3.``; the rest are heads of pre-train
 torchscale's names, so that conversion only strips the prefix.
 """
 
-from torch import Tensor
+from functools import partial
 
-from .base import Converter
+from .base import Converter, below
 
 __all__ = ["CONVERTER"]
 
 _PREFIX = "beit3."
 
-
-def _convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    converted = {
-        name[len(_PREFIX) :]: value
-        for name, value in state_dict.items()
-        if name.startswith(_PREFIX)
-    }
-    if not converted:
-        raise ValueError(
-            f"not a BEiT-3 checkpoint: no name starts with {_PREFIX!r}; it has e.g. "
-            + ", ".join(list(state_dict)[:3])
-        )
-    return converted
-
-
-CONVERTER = Converter(convert=_convert)
+CONVERTER = Converter(
+    title="a BEiT-3 checkpoint", needs=(_PREFIX,), rename=partial(below, prefix=_PREFIX)
+)

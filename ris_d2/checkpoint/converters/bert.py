@@ -23,13 +23,13 @@ def _convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         group = "embeddings" if match[1] == "embeddings" else "layers"
         rest = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", match[2]))
         converted[f"{group}.{rest}"] = value
-    if "embeddings.word_embeddings.weight" not in converted:
-        raise ValueError(
-            "not a BERT checkpoint: it has no embeddings.word_embeddings.weight, but e.g. "
-            + ", ".join(list(state_dict)[:3])
-        )
     return converted
 
 
 # Keys and values by which a layer reads another modality are no part of BERT.
-CONVERTER = Converter(convert=_convert, may_miss=(r"\.context_(key|value)\.",))
+CONVERTER = Converter(
+    title="a BERT checkpoint",
+    needs=(("bert.embeddings.word_embeddings.", "embeddings.word_embeddings."),),
+    rename=_convert,
+    may_miss=(r"\.context_(key|value)\.",),
+)

@@ -1,4 +1,4 @@
-"""CLIP with a vision transformer, as OpenAI released it (``ViT-B-16.pt``) or as transformers saves it.
+"""CLIP with a vision transformer: transformers' names, or OpenAI's (as ASDA's released file has them).
 
 Names of the result begin with ``vision.`` (``RISCLIPViT``) and ``text.`` (``RISCLIPText``), so that one
 file fills both towers, or the one that a method has. The projections to the joint space, the last
@@ -10,7 +10,7 @@ import re
 import torch
 from torch import Tensor
 
-from .base import Converter
+from .base import Converter, below
 
 __all__ = ["CONVERTER", "convert_tower"]
 
@@ -68,23 +68,21 @@ def convert_tower(tower: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor
 def _convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     live = {name: value for name, value in state_dict.items() if not _DEAD.match(name)}
     if "visual.class_embedding" in live:
-        vision = {k[len("visual.") :]: v for k, v in live.items() if k.startswith("visual.")}
         text = {k: v for k, v in live.items() if not k.startswith("visual.")}
-        return {**convert_tower("vision", vision), **convert_tower("text", text)}
-    converted = {}
-    for name, value in live.items():
-        tower = re.match(r"(vision|text)_model\.", name)
-        if tower:
-            name = f"{tower[1]}.transformer.{name[tower.end():]}"
-            if name == "vision.transformer.embeddings.position_embedding.weight":
-                name = name.removesuffix(".weight")
-            converted[name] = value
-    if not converted:
-        raise ValueError(
-            "not a CLIP checkpoint with a vision transformer: no visual.class_embedding (OpenAI) and "
-            f"no vision_model. or text_model. (transformers); it has e.g. {', '.join(list(state_dict)[:3])}"
-        )
+        return {**convert_tower("vision", below(live, "visual.")), **convert_tower("text", text)}
+    positions = "vision.transformer.embeddings.position_embedding"
+    converted = {
+        f"{tower}.transformer.{name}": value
+        for tower in ("vision", "text")
+        for name, value in below(live, f"{tower}_model.").items()
+    }
+    if f"{positions}.weight" in converted:
+        converted[positions] = converted.pop(f"{positions}.weight")
     return converted
 
 
-CONVERTER = Converter(convert=_convert)
+CONVERTER = Converter(
+    title="a CLIP checkpoint with a vision transformer, OpenAI's or transformers'",
+    needs=(("visual.class_embedding", "vision_model.", "text_model."),),
+    rename=_convert,
+)

@@ -9,8 +9,8 @@ import re
 
 from torch import Tensor
 
-from .base import Converter
-from .mask2former import rename_perception, split_attention
+from .base import Converter, rename_module, split_attention
+from .mask2former import rename_perception
 
 __all__ = ["CONVERTER"]
 
@@ -57,16 +57,7 @@ _COGNITION = [
 ]
 
 
-def _recognises(state_dict: dict[str, Tensor]) -> bool:
-    return {"understanding_branch.init_query.weight", f"{_FUSION}weight"} <= state_dict.keys()
-
-
 def _convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    if not _recognises(state_dict):
-        raise ValueError(
-            "not a released DeRIS checkpoint: no understanding_branch.init_query.weight or no "
-            f"{_FUSION}weight; it has e.g. {', '.join(list(state_dict)[:3])}"
-        )
     converted, unknown = {}, []
     for name, value in state_dict.items():
         if _IGNORED.search(name):
@@ -92,10 +83,9 @@ def _rename(name: str, value: Tensor) -> dict[str, Tensor]:
         return {"perception.mask_proj.bias": value}
     if name.startswith(_ENCODER):
         return {f"cognition.encoder.{name[len(_ENCODER):]}": value}
-    for pattern, ours in _COGNITION:
-        match = re.match(rf"{pattern}(?=\.)", name)
-        if match:
-            return split_attention(f"cognition.{match.expand(ours)}{name[match.end():]}", value)
+    cognition = rename_module(name, _COGNITION)
+    if cognition:
+        return split_attention(f"cognition.{cognition}", value)
     perception = rename_perception(
         {name: value},
         backbone="perception_branch.hier_vision_encoder.",
@@ -105,4 +95,9 @@ def _rename(name: str, value: Tensor) -> dict[str, Tensor]:
     return {f"perception.{ours}": tensor for ours, tensor in perception.items()}
 
 
-CONVERTER = Converter(convert=_convert, recognises=_recognises)
+CONVERTER = Converter(
+    title="a released DeRIS checkpoint",
+    needs=("understanding_branch.init_query.weight", f"{_FUSION}weight"),
+    rename=_convert,
+    is_whole_model=True,
+)

@@ -6,11 +6,11 @@ Left out are the query contents, the classifier and the criterion's buffer. Mask
 before the norms of its FPN step and no f_v: those parts of ours stay as they are.
 """
 
-import re
+from functools import partial
 
 from torch import Tensor
 
-from .base import Converter
+from .base import Converter, below, rename_module, split_attention
 from .swin import rename_swin
 
 __all__ = ["CONVERTER", "rename_perception"]
@@ -59,62 +59,31 @@ def rename_perception(
         backbone, pixel_decoder, predictor: prefixes of the three modules in ``state_dict``, with the
             dot at the end. What is under none of them, or of no use, is left out.
     """
-    renamed = {
-        f"backbone.{name}": value
-        for name, value in rename_swin(_below(state_dict, backbone)).items()
-    }
-    for name, value in _below(state_dict, pixel_decoder).items():
-        ours = _rename(name, _PIXEL_DECODER)
+    swin = rename_swin(below(state_dict, backbone))
+    renamed = {f"backbone.{name}": value for name, value in swin.items()}
+    for name, value in below(state_dict, pixel_decoder).items():
+        ours = rename_module(name, _PIXEL_DECODER)
         if ours is not None:
             renamed[f"pixel_decoder.{ours}"] = value
-    for name, value in _below(state_dict, predictor).items():
-        ours = _rename(name, _PREDICTOR)
+    for name, value in below(state_dict, predictor).items():
+        ours = rename_module(name, _PREDICTOR)
         if ours is not None:
             renamed.update(split_attention(ours, value))
     return renamed
 
 
-def split_attention(name: str, value: Tensor) -> dict[str, Tensor]:
-    """``nn.MultiheadAttention``'s names and tensors -> ``MultiheadAttention``'s; others pass."""
-    if ".in_proj_" in name:
-        parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
-        return {name.replace("in_proj_", f"{part}."): chunk for part, chunk in parts}
-    return {name.replace(".out_proj.", ".out."): value}
-
-
-def _below(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-
-
-def _rename(name: str, table: list[tuple[str, str]]) -> str | None:
-    for pattern, ours in table:
-        match = re.match(rf"{pattern}(?=\.|$)", name)
-        if match:
-            return match.expand(ours) + name[match.end() :]
-    return None
-
-
-def _convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    needed = (
+CONVERTER = Converter(
+    title="a Mask2Former with a Swin backbone",
+    needs=(
         "backbone.layers.0.blocks.0.attn.qkv.weight",
         "sem_seg_head.pixel_decoder.transformer.level_embed",
         "sem_seg_head.predictor.query_embed.weight",
-    )
-    absent = [name for name in needed if name not in state_dict]
-    if absent:
-        raise ValueError(
-            f"not a Mask2Former with a Swin backbone: it has no {absent[0]!r} but e.g. "
-            + ", ".join(list(state_dict)[:3])
-        )
-    return rename_perception(
-        state_dict,
+    ),
+    rename=partial(
+        rename_perception,
         backbone="backbone.",
         pixel_decoder="sem_seg_head.pixel_decoder.",
         predictor="sem_seg_head.predictor.",
-    )
-
-
-CONVERTER = Converter(
-    convert=_convert,
+    ),
     may_miss=(r"(lateral|output)\.0\.bias$", r"^(mask_proj|visual_proj|level_proj)\."),
 )

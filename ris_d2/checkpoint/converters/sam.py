@@ -4,11 +4,9 @@ Two parts of the same file: ``sam``, the image encoder, and ``sam_decoder``, the
 of the prompt encoder it needs beside prompts. Ours carry transformers' names.
 """
 
-import re
-
 from torch import Tensor
 
-from .base import Converter
+from .base import Converter, below, substitute
 
 __all__ = ["CONVERTER", "DECODER_CONVERTER"]
 
@@ -41,47 +39,31 @@ _PROMPT_ENCODER = {
 }
 
 
-def _rename(name: str, rules: dict[str, str]) -> str:
-    for pattern, replacement in rules.items():
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def _convert_encoder(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    converted = {}
-    for name, value in state_dict.items():
-        if name.startswith("vision_encoder."):
-            converted[name] = value
-        elif name.startswith("image_encoder."):
-            converted[_rename(name, _IMAGE_ENCODER)] = value
-    if not converted:
-        raise _not_sam(state_dict, "image_encoder. or vision_encoder.")
-    return converted
+    return {
+        substitute(name, _IMAGE_ENCODER if name.startswith("image_encoder.") else {}): value
+        for name, value in state_dict.items()
+        if name.startswith(("image_encoder.", "vision_encoder."))
+    }
 
 
 def _convert_decoder(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "mask_decoder."
     released = any(".output_upscaling." in name for name in state_dict)
-    rules = _MASK_DECODER if released else {}
     converted = {
-        "mask_decoder." + _rename(name[len(prefix) :], rules): value
-        for name, value in state_dict.items()
-        if name.startswith(prefix)
+        "mask_decoder." + substitute(name, _MASK_DECODER if released else {}): value
+        for name, value in below(state_dict, "mask_decoder.").items()
     }
-    if not converted:
-        raise _not_sam(state_dict, prefix)
-    for name, ours in _PROMPT_ENCODER.items():
-        if name in state_dict:
-            converted[ours] = state_dict[name]
-    return converted
+    prompts = {
+        ours: state_dict[name] for name, ours in _PROMPT_ENCODER.items() if name in state_dict
+    }
+    return {**converted, **prompts}
 
 
-def _not_sam(state_dict: dict[str, Tensor], prefix: str) -> ValueError:
-    return ValueError(
-        f"not a SAM checkpoint: no name starts with {prefix}; it has e.g. "
-        + ", ".join(list(state_dict)[:3])
-    )
-
-
-CONVERTER = Converter(convert=_convert_encoder)
-DECODER_CONVERTER = Converter(convert=_convert_decoder)
+CONVERTER = Converter(
+    title="a SAM checkpoint",
+    needs=(("image_encoder.", "vision_encoder."),),
+    rename=_convert_encoder,
+)
+DECODER_CONVERTER = Converter(
+    title="a SAM checkpoint", needs=("mask_decoder.",), rename=_convert_decoder
+)

@@ -35,14 +35,10 @@ def rename_swin(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    if "layers.0.blocks.0.attn.qkv.weight" not in state_dict:
-        raise ValueError(
-            "not a Swin checkpoint: it has no 'layers.0.blocks.0.attn.qkv.weight' but e.g. "
-            + ", ".join(list(state_dict)[:3])
-        )
-    return rename_swin(state_dict)
-
-
-# Classifiers have no norm at the outputs of the stages: those start as they are.
-CONVERTER = Converter(convert=_convert, may_miss=(r"^norms\.",))
+CONVERTER = Converter(
+    title="a Swin checkpoint",
+    needs=("layers.0.blocks.0.attn.qkv.weight",),
+    rename=rename_swin,
+    # Classifiers have no norm at the outputs of the stages: those start as they are.
+    may_miss=(r"^norms\.",),
+)

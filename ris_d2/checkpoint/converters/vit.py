@@ -13,14 +13,13 @@ _UNUSED = ("norm.", "fc_norm.", "head.", "head_dist.")
 
 
 def _convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    if not {"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= state_dict.keys():
-        raise ValueError(
-            "not a vision transformer with timm's names (patch_embed.proj.weight, "
-            "blocks.0.attn.qkv.weight); it has e.g. " + ", ".join(list(state_dict)[:3])
-        )
     return {
         f"model.{name}": value for name, value in state_dict.items() if not name.startswith(_UNUSED)
     }
 
 
-CONVERTER = Converter(convert=_convert)
+CONVERTER = Converter(
+    title="a vision transformer with timm's names",
+    needs=("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"),
+    rename=_convert,
+)

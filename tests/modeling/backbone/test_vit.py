@@ -58,6 +58,6 @@ def test_published_weights_of_another_size():
 
 def test_other_files_are_refused():
     with pytest.raises(
-        ValueError, match="not a vision transformer with timm's names .* stem.weight"
+        ValueError, match="not a vision transformer with timm's names, .* stem.weight"
     ):
         convert_state_dict({"stem.weight": torch.ones(1)}, "vit")
