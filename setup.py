@@ -16,9 +16,10 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["ris_d2", "ris_d2.*"]),
     package_data={
-        "ris_d2": ["py.typed"],
+        # configs is a link to the recipes of the checkout.
+        "ris_d2": ["py.typed", "*.yaml", "*.md", "configs/*.yaml", "configs/*/*.yaml"],
         "ris_d2.data": ["*.json"],
-        "ris_d2.example": ["*.yaml", "*.png", "*.safetensors", "tokenizer/*"],
+        "ris_d2.example": ["*.yaml", "*.md", "*.png", "*.safetensors", "tokenizer/*"],
     },
     install_requires=[
         # Earlier ones run code or damage memory while they read a hostile checkpoint, even with
@@ -42,6 +43,7 @@ setup(
         "opencv": ["opencv-python-headless"],
         "beit3": ["sentencepiece"],  # reads beit3.spm; a tokenizer.json does without
         "analysis": ["scikit-learn"],  # t-SNE of tools/attention/main.py
+        "supervision": ["supervision"],  # Results.to_supervision
         "dev": ["pytest"],
     },
 )

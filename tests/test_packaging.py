@@ -93,6 +93,7 @@ def test_files_that_are_no_modules_are_packaged(declared):
         p for p in (ROOT / "ris_d2").rglob("*") if p.is_file() and "__pycache__" not in p.parts
     }
     others -= set((ROOT / "ris_d2").rglob("*.py"))
+    others |= {ROOT / "ris_d2" / p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.yaml")}
     packaged = {
         path
         for package, patterns in declared["package_data"].items()
@@ -119,7 +120,8 @@ def test_a_wheel_carries_license_types_and_data(tmp_path):
     assert "Apache-2.0" in (fields["License"], fields["License-Expression"])
     assert "ris_d2/py.typed" in names
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ris_d2").rglob("*.json")}
-    assert files and files <= set(names)
+    recipes = {f"ris_d2/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "configs").rglob("*.yaml")}
+    assert files and files <= set(names) and recipes and recipes <= set(names)
 
 
 def test_citation_names_this_version_and_the_five_papers(declared):

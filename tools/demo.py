@@ -58,6 +58,7 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from ris_d2 import example
+from ris_d2.hub import find_config
 from ris_d2.io import atomic_write
 from ris_d2.masks import encode
 from ris_d2.predictor import Predictor, load_rgb
@@ -69,11 +70,13 @@ EXTENSIONS = (".jpg", ".jpeg", ".png")
 def main(arguments: list[str] | None = None) -> None:
     """Parse ``arguments`` (default: the command line), predict, write the files, print a table."""
     args = parse(arguments)
-    if not args.config_file:
-        args.config_file, args.opts = example.CONFIG_FILE, [*example.OPTIONS, *args.opts]
-        args.image, args.text = args.image or [example.SCENE], args.text or example.SENTENCES
     weights = ["MODEL.WEIGHTS", args.weights] if args.weights else []
-    cfg = load(args, options=weights)
+    if args.config_file:
+        cfg = load(args, options=weights)
+    else:
+        args.config_file = example.FOLDER
+        args.image, args.text = args.image or [example.SCENE], args.text or example.SENTENCES
+        cfg = find_config(example.FOLDER, [*args.opts, *weights], modules=args.modules)
     if not cfg.MODEL.WEIGHTS and not args.untrained:
         raise ValueError("no weights: give --weights FILE, or --untrained to see random masks")
     paths = image_paths(args.image)

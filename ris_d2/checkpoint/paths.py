@@ -5,6 +5,8 @@ from typing import IO, Any
 
 from detectron2.utils.file_io import PathHandler, PathManager
 
+from ..zoo import how_to_get
+
 __all__ = ["HuggingFaceHandler", "TimmHandler", "local_path", "register_path_handlers"]
 
 
@@ -89,5 +91,8 @@ def local_path(path: str) -> str:
     """
     resolved = os.path.expanduser(PathManager.get_local_path(path))
     if not os.path.isfile(resolved):
-        raise FileNotFoundError(f"{path}: no such weight file")
+        how = how_to_get(path)
+        raise FileNotFoundError(
+            f"{path}: no such weight file" + (f"; to get it: {how}" if how else "")
+        )
     return resolved

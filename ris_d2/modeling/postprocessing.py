@@ -17,7 +17,7 @@ def restore_masks(
     content_box: Sequence[float],
     output_size: tuple[int, int],
     order: str,
-    threshold: float,
+    threshold: float | None,
 ) -> Tensor:
     """Masks of one image at the requested size.
 
@@ -27,11 +27,13 @@ def restore_masks(
         content_box: (x0, y0, x1, y1) in pixels of the model input, where the image lies in it.
         output_size: (height, width).
         order: what is resized: "probabilities", "logits" or "binary" masks, see MODEL.RIS.MASK_ORDER.
-        threshold: a pixel is foreground if its probability exceeds this.
+        threshold: a pixel is foreground if its probability exceeds this. None: the probabilities are
+            wanted, also where ``order`` is "binary".
 
     Returns:
-        bool (E, *output_size)
+        bool (E, *output_size), or float probabilities.
     """
+    order = "probabilities" if threshold is None and order == "binary" else order
     maps = logits if order == "logits" else logits.sigmoid()
     mode = "bilinear"
     if order == "binary":
@@ -42,7 +44,8 @@ def restore_masks(
     maps = resize_maps(maps, output_size, mode)
     if order == "binary":
         return maps > 0.5
-    return (maps.sigmoid() if order == "logits" else maps) > threshold
+    maps = maps.sigmoid() if order == "logits" else maps
+    return maps if threshold is None else maps > threshold
 
 
 def says_nothing(masks: Tensor, absent: Tensor | None, *, rule: str, min_area: int) -> Tensor:

@@ -228,10 +228,14 @@ class ReferringSegmenter(nn.Module):
         absent = None
         if self.existence_head is not None:
             scores = outputs["existence_logits"][rows].float().sigmoid()
-            absent = scores < self.existence_threshold
+            absent = scores < self.threshold("existence_threshold", inputs)
         else:
             scores = logits.flatten(1).max(1).values.sigmoid()
         return self.restore(logits, inputs), scores, absent, [None] * len(scores)
+
+    def probabilities(self, outputs: dict[str, Any], rows: slice, inputs: dict) -> Tensor:
+        """Of which ``predict`` makes the masks: float (E, height, width); arguments as there."""
+        return self.restore(outputs["mask_logits"][rows].float(), inputs, threshold=None)
 
     # detectron2's contract.
 
@@ -245,18 +249,20 @@ class ReferringSegmenter(nn.Module):
             batched_inputs: one dict per unit, as ReferringMapper makes them: "image" uint8 (3, h, w),
                 "views", "input_ids" int64 (E, L), "text_mask" bool (E, L); in training "instances"
                 with gt_masks (N, h, w) and "targets" bool (E, N); in evaluation "height", "width",
-                "content_box" (x0, y0, x1, y1) in input pixels, "expressions".
+                "content_box" (x0, y0, x1, y1) in input pixels, "expressions"; if wished "thresholds"
+                (see ``thresholds``) and "probabilities": True.
 
         Returns:
             training: name -> scalar loss, means over the expressions of all processes.
             evaluation: per unit {"referring": [...]}, one dict per expression: "expression_id", "mask"
             bool (height, width) on the model's device, "score" (existence probability if there is a
-            head, else the highest mask probability), "no_target", "instances".
+            head, else the highest mask probability), "no_target", "instances", and "probabilities"
+            float (height, width) where the input asks for them.
         """
         if self.training:
             self._warn_of_what_nobody_applied()
             return self._training_step(batched_inputs)
-        return self._inference(batched_inputs)
+        return self.answer(self.encode(batched_inputs), batched_inputs)
 
     def _warn_of_what_nobody_applied(self) -> None:
         if self.to_be_applied:
@@ -307,12 +313,31 @@ class ReferringSegmenter(nn.Module):
             outputs = self._segment(self.encode_images(images, views), *text)
         return self.losses(outputs, targets)
 
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """What decides in evaluation; an input's "thresholds" may set them, by these names, for itself."""
+        used = {"mask_threshold": self.mask_threshold}
+        if self.existence_head is not None:
+            used["existence_threshold"] = self.existence_threshold
+        if self.no_target == "area":
+            used["min_area"] = self.min_area
+        return used
+
+    def threshold(self, name: str, inputs: dict) -> float:
+        """The threshold of one image's input: its own, or the model's."""
+        return inputs.get("thresholds", {}).get(name, getattr(self, name))
+
     @torch.no_grad()
-    def _inference(self, batched_inputs: list[dict]) -> list[dict]:
-        text = self._collate_text(batched_inputs)
+    def encode(self, batched_inputs: list[dict]) -> Any:
+        """What ``answer`` takes, as often as wished: features of B inputs, whatever their sentences."""
         images, views = self._collate_images(batched_inputs)
         with self._autocast():
-            features = self.encode_images(images, views)
+            return self.encode_images(images, views)
+
+    @torch.no_grad()
+    def answer(self, features: Any, batched_inputs: list[dict]) -> list[dict]:
+        """Evaluate the expressions of the inputs that ``features`` are of; see ``forward``."""
+        text = self._collate_text(batched_inputs)
         results: list[dict] = []
         owners = [(x, e) for x in batched_inputs for e in x["expressions"]]
         for start in range(0, len(owners), self.max_expressions):
@@ -339,20 +364,23 @@ class ReferringSegmenter(nn.Module):
         results = []
         # Expressions of one image share its geometry and are restored together.
         for group in _runs([id(x) for x, _ in owners]):
-            masks, scores, absent, instances = self.predict(outputs, group, owners[group.start][0])
-            absent = says_nothing(masks, absent, rule=self.no_target, min_area=self.min_area)
+            inputs = owners[group.start][0]
+            masks, scores, absent, instances = self.predict(outputs, group, inputs)
+            min_area = self.threshold("min_area", inputs)
+            absent = says_nothing(masks, absent, rule=self.no_target, min_area=min_area)
             masks &= ~absent[:, None, None]
+            columns = {
+                "mask": masks,
+                "score": scores,
+                "no_target": absent.float(),
+                "instances": instances,
+            }
+            if inputs.get("probabilities"):
+                columns["probabilities"] = self.probabilities(outputs, group, inputs)
+            rows = zip(*columns.values(), strict=True)
             results.extend(
-                {
-                    "expression_id": expression["expression_id"],
-                    "mask": mask,
-                    "score": score,
-                    "no_target": no_target,
-                    "instances": predicted,
-                }
-                for (_, expression), mask, score, no_target, predicted in zip(
-                    owners[group], masks, scores, absent.float(), instances, strict=True
-                )
+                {"expression_id": expression["expression_id"], **dict(zip(columns, row))}
+                for (_, expression), row in zip(owners[group], rows, strict=True)
             )
         return results
 
@@ -360,15 +388,15 @@ class ReferringSegmenter(nn.Module):
         """Masks bool (E, H, W) at the input size -> targets float (E, h, w) in [0, 1] at ``size``."""
         return resize_maps(masks, size, self.target_resizing)
 
-    def restore(self, logits: Tensor, inputs: dict) -> Tensor:
-        """Mask logits (E, h, w) of one image -> bool (E, height, width)."""
+    def restore(self, logits: Tensor, inputs: dict, **threshold: float | None) -> Tensor:
+        """Mask logits (E, h, w) of one image -> bool (E, height, width), see ``restore_masks``."""
         return restore_masks(
             logits,
             input_size=self.input_size,
             content_box=inputs["content_box"],
             output_size=(inputs["height"], inputs["width"]),
             order=self.mask_order,
-            threshold=self.mask_threshold,
+            **{"threshold": self.threshold("mask_threshold", inputs), **threshold},
         )
 
     def _collate_images(self, batched_inputs: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -137,18 +137,12 @@ class DeRIS(ReferringSegmenter):
         self, outputs: dict[str, Any], rows: slice, inputs: dict
     ) -> tuple[Tensor, Tensor, Tensor, list[Instances | None]]:
         """Union of the queries whose score exceeds T_ref; the result's score is the existence probability."""
-        last = outputs["rounds"][-1]
-        existence = outputs["existence_logits"][rows].float().sigmoid()
-        scores = last["class_logits"][rows].float().softmax(-1)[..., 0]
-        if self.score_weighted:
-            scores = scores * existence[:, None]
-        chosen = scores > self.score_threshold
-        if self.keep_best:
-            chosen |= ~chosen.any(1, keepdim=True) & (scores == scores.max(1, keepdim=True).values)
+        existence, scores, chosen = self._choose(outputs, rows, inputs)
         # A wait for the GPU: of ten queries one or two are chosen, and only their masks are restored.
         wanted = torch.ones(chosen.shape) if self.return_instances else chosen.cpu()
         expressions, queries = wanted.nonzero().T.to(chosen.device, non_blocking=True)
-        masks = self._restore_queries(last["mask_logits"][rows][expressions, queries], inputs)
+        logits = outputs["rounds"][-1]["mask_logits"][rows]
+        masks = self._restore_queries(logits[expressions, queries], inputs)
         union = masks.new_zeros(len(chosen), *masks.shape[1:], dtype=torch.uint8)
         own = masks & chosen[expressions, queries][:, None, None]
         union.index_add_(0, expressions, own.to(torch.uint8))
@@ -160,12 +154,37 @@ class DeRIS(ReferringSegmenter):
             ]
         return union > 0, existence, ~chosen.any(1), instances
 
-    def _restore_queries(self, logits: Tensor, inputs: dict) -> Tensor:
-        """(M, h, w) -> bool (M, height, width), M may be 0."""
+    def probabilities(self, outputs: dict[str, Any], rows: slice, inputs: dict) -> Tensor:
+        """The highest of the chosen queries, 0 where none is chosen."""
+        _, _, chosen = self._choose(outputs, rows, inputs)
+        logits = outputs["rounds"][-1]["mask_logits"][rows][chosen]
+        maps = self._restore_queries(logits, inputs, threshold=None).float()
+        index = chosen.nonzero()[:, :1, None].expand_as(maps)
+        return maps.new_zeros(len(chosen), *maps.shape[1:]).scatter_reduce_(0, index, maps, "amax")
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        return {**super().thresholds, "score_threshold": self.score_threshold}
+
+    def _choose(
+        self, outputs: dict[str, Any], rows: slice, inputs: dict
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Existence (E,), scores of the queries (E, Q), and bool (E, Q): which ones make up the mask."""
+        existence = outputs["existence_logits"][rows].float().sigmoid()
+        scores = outputs["rounds"][-1]["class_logits"][rows].float().softmax(-1)[..., 0]
+        if self.score_weighted:
+            scores = scores * existence[:, None]
+        chosen = scores > self.threshold("score_threshold", inputs)
+        if self.keep_best:
+            chosen |= ~chosen.any(1, keepdim=True) & (scores == scores.max(1, keepdim=True).values)
+        return existence, scores, chosen
+
+    def _restore_queries(self, logits: Tensor, inputs: dict, **threshold: None) -> Tensor:
+        """(M, h, w) -> bool (M, height, width), M may be 0; see ``restore``."""
         if len(logits) == 0:
             return logits.new_zeros(0, inputs["height"], inputs["width"], dtype=torch.bool)
         # As released, and as the loss sees them.
         maps = F.interpolate(
             logits[None].float(), size=self.input_size, mode="bilinear", align_corners=True
         )
-        return self.restore(maps[0], inputs)
+        return self.restore(maps[0], inputs, **threshold)
