@@ -6,7 +6,7 @@ generator.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import cv2
@@ -27,15 +27,10 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
         ValueError: an unknown name, a size or range that makes no sense, affine augmentation with
             views or another geometry than the letterbox.
     """
-    ris = cfg.INPUT.RIS
+    ris, affine = cfg.INPUT.RIS, cfg.INPUT.RIS.AFFINE
     place = Place(
-        ris.SIZE,
-        ris.GEOMETRY,
-        interpolation=ris.INTERPOLATION,
-        mask_sample=ris.MASK_SAMPLE,
-        color=ris.LETTERBOX_COLOR,
+        ris.SIZE, ris.GEOMETRY, ris.INTERPOLATION, ris.MASK_SAMPLE, color=ris.LETTERBOX_COLOR
     )
-    affine = ris.AFFINE
     if affine.ENABLED and (ris.GEOMETRY != "letterbox" or ris.VIEWS):
         raise ValueError(
             "INPUT.RIS.AFFINE needs GEOMETRY letterbox and no VIEWS, which would not move along"
@@ -43,7 +38,7 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     # One that is off draws no random numbers, except the flip: runs of old resume exactly.
     augmentations = [RandomFlip(ris.FLIP_PROB)]
     if ris.BRIGHTNESS or ris.SATURATION:
-        augmentations.append(RandomHSV(brightness=ris.BRIGHTNESS, saturation=ris.SATURATION))
+        augmentations.append(RandomHSV(ris.BRIGHTNESS, ris.SATURATION))
     augmentations.append(place)
     if affine.ENABLED:
         ranges = affine.ROTATION, affine.SCALE, affine.TRANSLATION, affine.SHEAR
@@ -54,27 +49,77 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
 def build_views(cfg: CfgNode) -> dict[str, T.Augmentation]:
     """INPUT.RIS.VIEWS: name -> how the original image is squashed to this view."""
     interpolation = cfg.INPUT.RIS.INTERPOLATION
-    return {
-        name: Place(size, interpolation=interpolation, key=f"the size of INPUT.RIS.VIEWS {name!r}")
-        for name, *size in cfg.INPUT.RIS.VIEWS
-    }
+    return {name: Place(size, interpolation=interpolation) for name, *size in cfg.INPUT.RIS.VIEWS}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass
+class Place(T.Augmentation):
+    """How the image meets the model's input.
+
+    - squash: fills it, the aspect ratio is not kept.
+    - letterbox: aspect kept, centred; an odd rest goes below and to the right (ASDA's public code).
+    - longest_side: aspect kept, the longest side becomes max(size), no border (SAM).
+
+    Args:
+        size: (height, width) of the model's input.
+        geometry: one of these.
+        interpolation: "bilinear", "bicubic" or "area" (shrinking only, bilinear otherwise).
+        mask_sample: "center" or "corner", see :func:`ris_d2.masks.resize_nearest`.
+        color: RGB of the border of a letterbox.
+
+    Raises:
+        ValueError: an unknown name, or a size that makes no sense.
+    """
+
+    size: tuple[int, int]
+    geometry: str = "squash"
+    interpolation: str = "bilinear"
+    mask_sample: str = "center"
+    color: tuple[float, float, float] = (123.7, 116.3, 103.5)
+
+    def __post_init__(self) -> None:
+        self.size = tuple(self.size)
+        self.color = tuple(int(round(c)) for c in self.color)  # as cv2 rounds border colours
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise ValueError(
+                f"INPUT.RIS.SIZE, and that of VIEWS, is (height, width) in pixels, not {self.size}"
+            )
+        for key, choices in (
+            ("GEOMETRY", GEOMETRIES), ("INTERPOLATION", INTERPOLATIONS), ("MASK_SAMPLE", SAMPLES)
+        ):  # fmt: skip
+            value = getattr(self, key.lower())
+            if value not in choices:
+                raise ValueError(f"INPUT.RIS.{key} is one of {', '.join(choices)}, not {value!r}")
+
+    def get_transform(self, image: np.ndarray) -> "Placement":
+        original, size, canvas, corner = image.shape[:2], self.size, self.size, (0, 0)
+        if self.geometry == "letterbox":
+            ratio = min(canvas[0] / original[0], canvas[1] / original[1])
+            size = tuple(max(round(side * ratio), 1) for side in original)
+            corner = (canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2
+        elif self.geometry == "longest_side":
+            ratio = max(size) / max(original)
+            size = canvas = tuple(max(int(side * ratio + 0.5), 1) for side in original)
+        return Placement(original, size, canvas, corner, self)
+
+
+@dataclass(frozen=True)
 class Placement(T.Transform):
     """An image resized to ``size`` with its upper left corner at ``corner`` of a canvas.
 
-    All sizes are (height, width) in pixels. The inverse takes what lies on the canvas, an image or
-    a mask, back to the original image.
+    The inverse takes what lies on the canvas, an image or a mask, back to the original image.
+
+    Args:
+        original, size, canvas: (height, width) in pixels.
+        corner: (top, left).
+        settings: how to resize, and the colour of the rest of the canvas.
     """
 
     original: tuple[int, int]
     size: tuple[int, int]
     canvas: tuple[int, int]
-    corner: tuple[int, int] = (0, 0)  # (top, left)
-    interpolation: str = "bilinear"
-    mask_sample: str = "center"
-    color: tuple[int, int, int] = (0, 0, 0)  # of the rest of the canvas
+    corner: tuple[int, int]
+    settings: Place
 
     @property
     def content_box(self) -> tuple[float, float, float, float]:
@@ -83,92 +128,29 @@ class Placement(T.Transform):
         return float(left), float(top), float(left + width), float(top + height)
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
-        return self._put(resize_image(img, *self.size, self.interpolation), self.color)
+        resized = resize_image(img, *self.size, self.settings.interpolation)
+        return self._put(resized, self.settings.color)
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        return self._put(resize_nearest(segmentation, *self.size, sample=self.mask_sample), 0)
+        resized = resize_nearest(segmentation, *self.size, sample=self.settings.mask_sample)
+        return self._put(resized, 0)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         scale = np.divide(self.size, self.original)
         return coords * scale[::-1] + self.corner[::-1]
 
     def inverse(self) -> T.TransformList:
-        (top, left), (height, width) = self.corner, self.size
-        back = replace(
-            self, original=self.size, size=self.original, canvas=self.original, corner=(0, 0)
-        )
-        return T.TransformList([T.CropTransform(left, top, width, height), back])
+        crop = T.CropTransform(*self.corner[::-1], *self.size[::-1])
+        back = Placement(self.size, self.original, self.original, (0, 0), self.settings)
+        return T.TransformList([crop, back])
 
     def _put(self, resized: np.ndarray, fill: int | tuple[int, int, int]) -> np.ndarray:
         if self.size == self.canvas:
             return resized
-        (top, left), (height, width) = self.corner, self.size
         canvas = np.full((*self.canvas, *resized.shape[2:]), fill, resized.dtype)
+        (top, left), (height, width) = self.corner, self.size
         canvas[top : top + height, left : left + width] = resized
         return canvas
-
-
-class Place(T.Augmentation):
-    """How the image meets the model's input.
-
-    - squash: fills it, the aspect ratio is not kept.
-    - letterbox: aspect kept, centred; an odd rest goes below and to the right (ASDA's public code).
-    - longest_side: aspect kept, the longest side becomes max(size), no border (SAM).
-    """
-
-    def __init__(
-        self,
-        size: tuple[int, int],
-        geometry: str = "squash",
-        *,
-        interpolation: str = "bilinear",
-        mask_sample: str = "center",
-        color: tuple[float, float, float] = (123.7, 116.3, 103.5),
-        key: str = "INPUT.RIS.SIZE",
-    ):
-        """
-        Args:
-            size: (height, width) of the model's input.
-            geometry: see above.
-            interpolation: "bilinear", "bicubic" or "area" (shrinking only, bilinear otherwise).
-            mask_sample: "center" or "corner", see :func:`ris_d2.masks.resize_nearest`.
-            color: RGB of the border of a letterbox.
-            key: what an error calls ``size``.
-
-        Raises:
-            ValueError: an unknown name, or a size that makes no sense.
-        """
-        if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"{key} is (height, width) in pixels, not {tuple(size)}")
-        for name, value, choices in (
-            ("GEOMETRY", geometry, GEOMETRIES),
-            ("INTERPOLATION", interpolation, INTERPOLATIONS),
-            ("MASK_SAMPLE", mask_sample, SAMPLES),
-        ):
-            if value not in choices:
-                raise ValueError(f"INPUT.RIS.{name} is one of {', '.join(choices)}, not {value!r}")
-        self.size, self.geometry = tuple(size), geometry
-        self.interpolation, self.mask_sample = interpolation, mask_sample
-        self.color = tuple(int(round(c)) for c in color)  # as cv2 rounds border colours
-
-    def get_transform(self, image: np.ndarray) -> Placement:
-        original, size, corner = image.shape[:2], self.size, (0, 0)
-        if self.geometry == "letterbox":
-            ratio = min(self.size[0] / original[0], self.size[1] / original[1])
-            size = tuple(max(round(side * ratio), 1) for side in original)
-            corner = tuple((outer - inner) // 2 for outer, inner in zip(self.size, size))
-        elif self.geometry == "longest_side":
-            ratio = max(self.size) / max(original)
-            size = tuple(max(int(side * ratio + 0.5), 1) for side in original)
-        return Placement(
-            original=original,
-            size=size,
-            canvas=size if self.geometry == "longest_side" else self.size,
-            corner=corner,
-            interpolation=self.interpolation,
-            mask_sample=self.mask_sample,
-            color=self.color,
-        )
 
 
 class HFlip(T.HFlipTransform):
@@ -181,23 +163,30 @@ class HFlip(T.HFlipTransform):
         return np.asfortranarray(segmentation[:, ::-1])  # column-major, as pycocotools draws
 
 
+@dataclass
 class RandomFlip(T.Augmentation):
     """A horizontal flip with this probability."""
 
-    def __init__(self, probability: float):
-        self.probability = _share("FLIP_PROB", probability)
+    probability: float
+
+    def __post_init__(self) -> None:
+        _check_share("FLIP_PROB", self.probability)
 
     def get_transform(self, image: np.ndarray, rng: np.random.Generator) -> T.Transform:
         is_flipped = rng.random() < self.probability
         return HFlip(image.shape[1]) if is_flipped else T.NoOpTransform()
 
 
+@dataclass
 class RandomHSV(T.Augmentation):
-    """HSV saturation times U(1-s, 1+s) and value times U(1-b, 1+b), clipped at 255."""
+    """HSV value times U(1-b, 1+b) and saturation times U(1-s, 1+s), clipped at 255."""
 
-    def __init__(self, *, brightness: float, saturation: float):
-        self.brightness = _share("BRIGHTNESS", brightness)
-        self.saturation = _share("SATURATION", saturation)
+    brightness: float
+    saturation: float
+
+    def __post_init__(self) -> None:
+        _check_share("BRIGHTNESS", self.brightness)
+        _check_share("SATURATION", self.saturation)
 
     def get_transform(self, image: np.ndarray, rng: np.random.Generator) -> T.Transform:
         # Per HSV channel, the new value of each of the 256 old ones.
@@ -270,7 +259,6 @@ def _look_up_hsv(image: np.ndarray, table: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
-def _share(key: str, value: float) -> float:
+def _check_share(key: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"INPUT.RIS.{key} lies in [0, 1], not {value}")
-    return value
