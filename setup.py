@@ -35,6 +35,7 @@ setup(
         "safetensors",
         "scipy",
         "tabulate",
+        "tqdm",
         "timm>=1.0",
         "tokenizers",
         "transformers>=5",  # layers of earlier ones return tuples
