@@ -21,6 +21,7 @@ setup(
         "ris_d2.data": ["*.json"],
         "ris_d2.example": ["*.yaml", "*.md", "*.png", "*.safetensors", "tokenizer/*"],
     },
+    entry_points={"console_scripts": ["ris_d2 = ris_d2.__main__:main"]},
     install_requires=[
         # Earlier ones run code or damage memory while they read a hostile checkpoint, even with
         # weights_only=True: CVE-2025-32434 (before 2.6), CVE-2026-24747 (before 2.10).

@@ -162,7 +162,7 @@ def test_tied_weights_are_saved(tmp_path):
     assert "tied" in load_file(tmp_path / "model" / "model.safetensors")
 
 
-def test_a_name_on_the_hub_is_fetched_once_and_without_its_pickles(folder, predictor, tmp_path):
+def test_a_name_on_the_hub_is_fetched_without_its_pickles(folder, predictor, tmp_path):
     sys.path.append(str(ROOT / "tests"))
     from hub_stand_in import serving
 
@@ -176,7 +176,6 @@ def test_a_name_on_the_hub_is_fetched_once_and_without_its_pickles(folder, predi
         assert any("model.safetensors" in path for path in asked)
         assert not any("pytorch_model.bin" in path for path in asked)
     assert [mask for mask, *_ in got] == [mask for mask, *_ in answers(predictor)]
-    assert ask("me/tiny", tmp_path, **settings) == got, "from the cache, with the hub gone"
 
 
 def test_a_name_that_is_nowhere_says_what_was_tried(monkeypatch, tmp_path):

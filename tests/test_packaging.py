@@ -1,11 +1,14 @@
 """setup.py names what the code imports and packages every room; what it leaves out is explained."""
 
 import ast
+import json
+import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
@@ -103,14 +106,20 @@ def test_files_that_are_no_modules_are_packaged(declared):
     assert others == packaged
 
 
-def test_a_wheel_carries_license_types_and_data(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
     """Built from a copy: building in place leaves folders behind."""
+    folder = tmp_path_factory.mktemp("wheel")
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "ris_d2", tmp_path / "ris_d2")
-    command = [sys.executable, "setup.py", "-q", "bdist_wheel"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "ris_d2", folder / "ris_d2")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "."]
+    subprocess.run([*command, "-w", "dist"], cwd=folder, check=True, capture_output=True)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return wheel
+
+
+def test_a_wheel_carries_license_types_data_and_recipes(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
@@ -120,8 +129,42 @@ def test_a_wheel_carries_license_types_and_data(tmp_path):
     assert "Apache-2.0" in (fields["License"], fields["License-Expression"])
     assert "ris_d2/py.typed" in names
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ris_d2").rglob("*.json")}
-    recipes = {f"ris_d2/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "configs").rglob("*.yaml")}
+    recipes = {
+        f"ris_d2/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "configs").rglob("*.yaml")
+    }
     assert files and files <= set(names) and recipes and recipes <= set(names)
+
+
+def test_the_first_minute_takes_the_wheel_alone(wheel, tmp_path):
+    """Installed in an environment of its own, far from the checkout: a picture, models by name."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    python = tmp_path / "env" / "bin" / "python"
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    # What ris_d2 requires is taken from here; its own site-packages come first.
+    (site / "requirements.pth").write_text(sysconfig.get_paths()["purelib"])
+    command = [sys.executable, "-m", "pip", "-q", "--python", python, "install", "--no-deps", wheel]
+    subprocess.run(command, check=True, capture_output=True)
+    settings = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    settings["HF_HUB_OFFLINE"] = "1"
+
+    def run(*words):
+        done = subprocess.run(words, cwd=tmp_path, env=settings, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "the circles on the right side" in run(python.with_name("ris_d2"), "--output", "out")
+    assert (tmp_path / "out" / "0_overlay.png").is_file()
+    script = (
+        "from ris_d2 import Predictor, load_config, zoo\n"
+        "Predictor.from_pretrained('example').save_pretrained('model')\n"
+        "print(load_config(zoo.config_file('papers/deris.yaml:deris_l')).MODEL.META_ARCHITECTURE)\n"
+        "import ris_d2, ris_d2.__main__; print(ris_d2.__file__)\n"
+        "words = ['out/0_overlay.png', 'the circles', '--model', 'model', '--output', 'again']\n"
+        "ris_d2.__main__.main(words)"
+    )
+    printed = run(python, "-c", script)
+    assert printed.startswith("DeRIS\n") and str(site) in printed
+    assert json.loads((tmp_path / "again" / "results.json").read_text())["model"] == "model"
 
 
 def test_citation_names_this_version_and_the_five_papers(declared):

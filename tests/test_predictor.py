@@ -1,13 +1,22 @@
 """Predictor: what it accepts, what it refuses, and that it says what the model says."""
 
+import functools
+import json
+import os
+import sys
+import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 from PIL import Image
+from pycocotools import mask as coco_mask
 from torch import nn
 
-from ris_d2 import get_ris_cfg
+from ris_d2 import example, get_ris_cfg, load_config
 from ris_d2.predictor import Predictor, load_rgb
 from ris_d2.refshapes import write_tokenizer
 
@@ -290,3 +299,157 @@ def test_unreadable_files_are_refused(rgb, tmp_path):
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="cut.jpg"):
         load_rgb(tmp_path / "cut.jpg")
+
+
+# What a trained model adds: sessions, batches, thresholds, exports.
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return Predictor.from_pretrained("example")
+
+
+@pytest.fixture
+def count_encodings(monkeypatch):
+    def count(model):
+        calls, encode_images = [], model.encode_images
+        monkeypatch.setattr(
+            model, "encode_images", lambda *inputs: calls.append(1) or encode_images(*inputs)
+        )
+        return calls
+
+    return count
+
+
+def assert_same(results, expected):
+    assert len(results) == len(expected) > 0
+    for result, other in zip(results, expected):
+        assert torch.equal(result["mask"], other["mask"]) and result["box"] == other["box"]
+        assert result["score"] == pytest.approx(other["score"], abs=1e-5)
+        assert result["no_target"] == other["no_target"] and result["text"] == other["text"]
+        if "probabilities" in other:
+            assert torch.allclose(result["probabilities"], other["probabilities"], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["deris", "risam", "vipa", "asda", "shared_ris"])
+def test_a_session_encodes_its_image_once_and_answers_as_single_calls(
+    method, tokenizer, count_encodings
+):
+    path = ["INPUT.RIS.TOKENIZER.PATH", tokenizer, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
+    recipe = Path(__file__).parents[1] / "configs" / "instant_test" / f"{method}.yaml"
+    torch.manual_seed(0)
+    predictor = Predictor(load_config(str(recipe), path))
+    name = "score_threshold" if method == "deris" else "mask_threshold"
+    # Untrained scores lie anywhere: between them, so that some queries make up a mask.
+    settings = {"probabilities": True, name: 0.45}
+    sentences = ["the red circle", "small shapes", "the big blue square on the left side"]
+    expected = [predictor(example.SCENE, sentence, **settings)[0] for sentence in sentences]
+    assert any(result["probabilities"].any() for result in expected)
+    calls = count_encodings(predictor.model)
+    session = predictor.set_image(example.SCENE)
+    answers = [*session(sentences[:2], **settings), *session(sentences[2], **settings)]
+    assert len(calls) == 1
+    assert_same(answers, expected)
+
+
+def test_a_batch_answers_as_single_calls(trained, picture):
+    sentences = [list(example.SENTENCES), "the red square"]
+    batch = trained.batch([example.SCENE, picture], sentences)
+    for results, image, own in zip(batch, [example.SCENE, picture], sentences):
+        assert_same(results, trained(image, own))
+    assert batch[1][0]["mask"].shape == (48, 64)
+    with pytest.raises(ValueError, match="2 images and 1 lists of sentences"):
+        trained.batch([example.SCENE, picture], ["the red square"])
+
+
+def test_thresholds_hold_for_one_call(trained):
+    session = trained.set_image(example.SCENE)
+    usual = session(example.SENTENCES)
+    assert [r["no_target"] for r in usual] == [False, False, True]
+    wide = session(example.SENTENCES, mask_threshold=0.1)
+    narrow = session(example.SENTENCES, mask_threshold=0.9)
+    for a, b, c in zip(narrow[:2], usual, wide):
+        assert 0 < a["mask"].sum() < b["mask"].sum() < c["mask"].sum()
+        assert (c["mask"] | ~b["mask"]).all() and (b["mask"] | ~a["mask"]).all()
+    always = session(example.SENTENCES, existence_threshold=0.0)
+    assert not any(r["no_target"] for r in always)
+    assert all(r["no_target"] and r["box"] is None for r in session("a", existence_threshold=1.0))
+    assert_same(session(example.SENTENCES), usual)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"score_threshold": 0.5}, "score_threshold: the thresholds of this model are mask_thresh"),
+        ({"mask_threshold": 1.5}, "mask_threshold is 1.5"),
+        ({"existence_threshold": float("nan")}, "existence_threshold is nan"),
+    ],
+)
+def test_thresholds_that_make_no_sense_are_refused(trained, settings, message):
+    with pytest.raises(ValueError, match=message):
+        trained(example.SCENE, "the circle", **settings)
+    with pytest.raises(ValueError, match=message):
+        trained.set_image(example.SCENE)("the circle", **settings)
+
+
+def test_probabilities_are_what_the_masks_are_cut_from(trained):
+    for result in trained(example.SCENE, example.SENTENCES, probabilities=True):
+        probabilities = result["probabilities"]
+        assert probabilities.shape == result["mask"].shape and probabilities.dtype == torch.float32
+        if not result["no_target"]:
+            assert torch.equal(probabilities > 0.5, result["mask"])
+    assert "probabilities" not in trained(example.SCENE, "the circle")[0]
+
+
+def test_coco_annotations_are_read_by_pycocotools(trained):
+    results = trained(example.SCENE, example.SENTENCES)
+    annotations = json.loads(json.dumps(results.to_coco(image_id=7, first_id=30)))
+    assert [a["id"] for a in annotations] == [30, 31] and annotations[1]["image_id"] == 7
+    for annotation, result in zip(annotations, results):
+        assert (coco_mask.decode(annotation["segmentation"]) == result["mask"].numpy()).all()
+        assert annotation["bbox"] == coco_mask.toBbox(annotation["segmentation"]).tolist()
+        assert annotation["area"] == coco_mask.area(annotation["segmentation"])
+        assert annotation["text"] == result["text"] and annotation["iscrowd"] == 0
+
+
+def test_supervision_detections(trained, monkeypatch):
+    results = trained(example.SCENE, example.SENTENCES)
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(ImportError, match="pip install supervision"):
+        results.to_supervision()
+    given = {}
+    stand_in = types.SimpleNamespace(Detections=lambda **fields: given.update(fields))
+    monkeypatch.setitem(sys.modules, "supervision", stand_in)
+    results.to_supervision()
+    assert given["mask"].shape == (2, *results[0]["mask"].shape) and given["mask"].dtype == bool
+    assert given["xyxy"].tolist() == [r["box"] for r in results[:2]]
+    assert given["class_id"].tolist() == [0, 1]
+    assert given["data"]["class_name"].tolist() == list(example.SENTENCES[:2])
+
+
+def test_four_threads_may_ask_one_predictor(trained):
+    sentences = [[s] * n for n in (1, 2, 3) for s in (*example.SENTENCES, "the little red shapes")]
+    expected = [trained(example.SCENE, s, probabilities=True) for s in sentences]
+    session = trained.set_image(example.SCENE)
+
+    def answer(i):
+        ask = session if i % 2 else functools.partial(trained, example.SCENE)
+        return ask(sentences[i % len(sentences)], probabilities=True)
+
+    with ThreadPoolExecutor(4) as threads:
+        for i, results in enumerate(threads.map(answer, range(4 * len(sentences)))):
+            assert_same(results, expected[i % len(sentences)])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_as_it_is(trained):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    session = trained.set_image(example.SCENE)
+    for _ in range(30):
+        session(example.SENTENCES)
+    before = resident()
+    for _ in range(60):
+        session(example.SENTENCES)
+    assert resident() - before < 8e6

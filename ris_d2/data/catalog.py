@@ -4,17 +4,17 @@ import difflib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..io import dataset_root
-from .classes import COCO_48_17, GROUPS, load_class_list, select_classes
+from .classes import GROUPS, select_classes
 from .grefer import load_grefer
 from .phrasecut import load_phrasecut
-from .records import Skipped, forget_instances, load_instances
+from .records import Skipped, forget_instances
 from .refclef import load_refclef
 from .refer import MissingSplitError, load_refer
 from .ris_json import load_ris_json
@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 class Dataset:
     """One dataset with one division into splits, and where its files lie under the root.
 
-    Its splits are registered as ``<name>_<split>``; all but train are for evaluation. Of a dataset
-    with one target of a known class per expression, so are ``train_seen`` and, for each other split,
-    ``<split>_seen``, ``<split>_unseen``, and ``<split>_open`` with both.
+    Its splits are registered as ``<name>_<split>``; all but train are for evaluation. With
+    ``by_class`` (one target of a known class per expression) so are ``train_seen`` and, for each
+    other split, ``<split>_seen``, ``<split>_unseen``, and ``<split>_open`` with both.
     """
 
     name: str
@@ -48,7 +48,9 @@ class Dataset:
     image_root: str
     # The files of a split: annotation files first, then what they refer to (instances, images).
     files: tuple[str, ...]
+    # (*files, image root, split, source=, skipped=) -> records
     reader: Callable[..., list[dict]]
+    by_class: bool = False
 
     def paths(self, root: str, split: str) -> list[str]:
         """The annotation files of ``split`` under ``root``."""
@@ -56,7 +58,7 @@ class Dataset:
 
     def class_splits(self) -> tuple[str, ...]:
         """The names of the splits by object class."""
-        if self.reader is not load_refer:
+        if not self.by_class:
             return ()
         evaluation = [split for split in self.splits if split != "train"]
         return ("train_seen", *(f"{s}_{kind}" for s in evaluation for kind in (*GROUPS, "open")))
@@ -65,104 +67,82 @@ class Dataset:
         """Read the records of ``split`` from the files under ``root``.
 
         Args:
-            skipped: counts what cannot be used in the file of a split that is not by object class.
+            skipped: counts what cannot be used in the file.
         """
-        if split in self.class_splits():
-            return self._load_classes(root, *split.split("_"))
-        self.check_files(root, split, images=False)
-        paths, image_root = self.paths(root, split), os.path.join(root, self.image_root)
-        if self.reader is load_phrasecut:  # one file per split
-            return self.reader(*paths, image_root, source=self.source, skipped=skipped)
-        return self.reader(*paths, image_root, split, source=self.source, skipped=skipped)
-
-    def check_files(self, root: str, split: str, *, images: bool = True) -> None:
-        """Raise FileNotFoundError if files of ``split``, or the folder of images, are missing."""
-        paths = self.paths(root, split.split("_")[0] if split in self.class_splits() else split)
-        paths += [os.path.join(root, self.image_root)] * images
-        missing = [os.path.abspath(path) for path in paths if not os.path.exists(path)]
-        if missing:
-            raise FileNotFoundError(
-                f"{self.name}_{split}: no such file: {', '.join(missing)}. "
-                f"The root is $DETECTRON2_DATASETS, now {root!r}; datasets/README.md says where to get "
-                "the files, datasets/prepare.py what is there"
-            )
-
-    def _load_classes(self, root: str, split: str, kind: str) -> list[dict]:
-        records = self.load(root, split)
-        instances = self.paths(root, split)[1]
-        own_list = os.path.join(os.path.dirname(instances), "seen_unseen.json")
-        return select_classes(
-            records,
-            GROUPS if kind == "open" else (kind,),
-            classes=load_class_list(own_list if os.path.exists(own_list) else COCO_48_17),
-            category_names=load_instances(instances).category_names(),
-            name=f"{self.name}_{split}",
-        )
-
-
-def _refer(name: str, folder: str, splitby: str, splits: tuple[str, ...], **changes) -> Dataset:
-    values = {
-        "name": name,
-        "source": folder,
-        "splits": splits,
-        "image_root": "images/train2014",
-        "files": (f"{folder}/refs({splitby}).p", f"{folder}/instances.json"),
-        "reader": load_refer,
-    }
-    return Dataset(**(values | changes))
-
-
-def _refshapes(
-    dataset: Dataset, name: str, *more_splits: str, folder: str = "refshapes"
-) -> Dataset:
-    # RefShapes is laid out as a root of its own, in the formats of RefCOCO and gRefCOCO.
-    return Dataset(
-        name=f"ris_{name}",
-        source=name,
-        splits=dataset.splits + more_splits,
-        image_root=f"{folder}/{dataset.image_root}",
-        files=tuple(f"{folder}/{file}" for file in dataset.files),
-        reader=dataset.reader,
-    )
+        whole, _, kind = split.partition("_")
+        paths, image_root = self.paths(root, whole), os.path.join(root, self.image_root)
+        _check_there(f"{self.name}_{split}", paths)
+        records = self.reader(*paths, image_root, whole, source=self.source, skipped=skipped)
+        if not kind:
+            return records
+        groups = GROUPS if kind == "open" else (kind,)
+        return select_classes(records, groups, instances_path=paths[1], name=f"{self.name}_{whole}")
 
 
 _UNC = ("train", "val", "testA", "testB")
-_REFCOCO = _refer("ris_refcoco_unc", "refcoco", "unc", _UNC)
-_REFCOCO_PLUS = _refer("ris_refcoco+_unc", "refcoco+", "unc", _UNC)
-_GREFCOCO = _refer(
-    "ris_grefcoco_unc",
+_REFCOCO = Dataset(
+    name="ris_refcoco_unc",
+    source="refcoco",
+    splits=_UNC,
+    image_root="images/train2014",
+    files=("refcoco/refs(unc).p", "refcoco/instances.json"),
+    reader=load_refer,
+    by_class=True,
+)
+
+
+def _like_refcoco(folder: str, splitby: str, splits: tuple[str, ...], **changes) -> Dataset:
+    values = {
+        "name": f"ris_{folder}_{splitby}",
+        "source": folder,
+        "splits": splits,
+        "files": (f"{folder}/refs({splitby}).p", f"{folder}/instances.json"),
+    }
+    return replace(_REFCOCO, **(values | changes))
+
+
+def _refshapes(dataset: Dataset, name: str, *more_splits: str) -> Dataset:
+    # RefShapes is laid out as a root of its own, in the formats of RefCOCO and gRefCOCO.
+    return replace(
+        dataset,
+        name=f"ris_{name}",
+        source=name,
+        splits=dataset.splits + more_splits,
+        image_root=f"refshapes/{dataset.image_root}",
+        files=tuple(f"refshapes/{file}" for file in dataset.files),
+    )
+
+
+_GREFCOCO = _like_refcoco(
     "grefcoco",
     "unc",
     _UNC,
     files=("grefcoco/grefs(unc).json", "grefcoco/instances.json"),
     reader=load_grefer,
+    by_class=False,
 )
-_REFCLEF = {"image_root": "images/saiapr_tc-12", "reader": load_refclef}
+_REFCLEF = {"image_root": "images/saiapr_tc-12", "reader": load_refclef, "by_class": False}
 
 DATASETS: tuple[Dataset, ...] = (
     _REFCOCO,
-    _REFCOCO_PLUS,
-    _refer("ris_refcocog_umd", "refcocog", "umd", ("train", "val", "test")),
-    _refer("ris_refcocog_google", "refcocog", "google", ("train", "val")),
+    _like_refcoco("refcoco+", "unc", _UNC),
+    _like_refcoco("refcocog", "umd", ("train", "val", "test")),
+    _like_refcoco("refcocog", "google", ("train", "val")),
     _GREFCOCO,
-    _refer("ris_refclef_unc", "refclef", "unc", _UNC + ("testC",), **_REFCLEF),
-    _refer("ris_refclef_berkeley", "refclef", "berkeley", ("train", "val", "test"), **_REFCLEF),
+    _like_refcoco("refclef", "unc", (*_UNC, "testC"), **_REFCLEF),
+    _like_refcoco("refclef", "berkeley", ("train", "val", "test"), **_REFCLEF),
     Dataset(
         name="ris_phrasecut",
         source="phrasecut",
         splits=("train", "val", "test", "miniv"),
         image_root="phrasecut/images",
         files=("phrasecut/refer_{split}.json", "phrasecut/image_data_split.json"),
-        reader=load_phrasecut,
+        # One file per split.
+        reader=lambda *paths_and_split, **options: load_phrasecut(*paths_and_split[:-1], **options),
     ),
     _refshapes(_REFCOCO, "refshapes"),
     _refshapes(_GREFCOCO, "grefshapes", "heldout"),
-    _refshapes(_REFCOCO, "refshapes_hard_v1", folder="refshapes_hard_v1"),
-    _refshapes(_GREFCOCO, "grefshapes_hard_v1", "heldout", folder="refshapes_hard_v1"),
 )
-
-# Other names of the same dataset, as ReLA has them.
-_ALIASES = {"ris_refcocop_unc": "ris_refcoco+_unc"}
 
 # Training sets of several datasets.
 MIXTURES: dict[str, tuple[str, ...]] = {
@@ -175,17 +155,17 @@ MIXTURES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _names() -> dict[str, tuple[Dataset, str]]:
-    by_name = {dataset.name: dataset for dataset in DATASETS}
-    named = {**by_name, **{alias: by_name[name] for alias, name in _ALIASES.items()}}
-    return {
-        f"{name}_{split}": (dataset, split)
-        for name, dataset in named.items()
-        for split in dataset.splits + dataset.class_splits()
-    }
-
-
-_SPLITS = _names()
+_SPLITS = {
+    f"{dataset.name}_{split}": (dataset, split)
+    for dataset in DATASETS
+    for split in dataset.splits + dataset.class_splits()
+}
+# Another name, as ReLA has it.
+_SPLITS |= {
+    name.replace("refcoco+", "refcocop"): value
+    for name, value in _SPLITS.items()
+    if name.startswith("ris_refcoco+")
+}
 
 
 def register_all() -> None:
@@ -194,36 +174,29 @@ def register_all() -> None:
     The root, $DETECTRON2_DATASETS, is looked up here for the metadata and again at each reading.
     Repeated calls change nothing, or follow a changed root.
     """
-    root = dataset_root()
     for name in [*_SPLITS, *MIXTURES]:
         if name not in DatasetCatalog:
             DatasetCatalog.register(name, partial(_load_registered, name))
-        if name in _SPLITS:
-            _set_metadata(name, root)
-        else:
-            MetadataCatalog.get(name).set(evaluator_type="referring")
+        _set_metadata(name)
 
 
 def _load_registered(name: str) -> list[dict]:
     if name in MIXTURES:
         return load_records([name], drop_eval_images=True)
+    _set_metadata(name)
     dataset, split = _SPLITS[name]
-    root = dataset_root()
-    _set_metadata(name, root)
-    return dataset.load(root, split)
+    return dataset.load(dataset_root(), split)
 
 
-def _set_metadata(name: str, root: str) -> None:
-    dataset, split = _SPLITS[name]
-    paths = dataset.paths(root, split)
-    values = {
-        "evaluator_type": "referring",
-        "image_root": os.path.join(root, dataset.image_root),
-        "source": dataset.source,
-        "split": split,
-        "annotation_files": paths,
-    }
-    if MetadataCatalog.get(name).get("annotation_files", paths) != paths:
+def _set_metadata(name: str) -> None:
+    values = {"evaluator_type": "referring"}
+    if name in _SPLITS:
+        (dataset, split), root = _SPLITS[name], dataset_root()
+        values["image_root"] = os.path.join(root, dataset.image_root)
+        values["source"], values["split"] = dataset.source, split
+        values["annotation_files"] = dataset.paths(root, split.partition("_")[0])
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("image_root") not in (None, values.get("image_root")):
         MetadataCatalog.remove(name)  # detectron2's metadata cannot be changed, and the root was
     MetadataCatalog.get(name).set(**values)
 
@@ -246,19 +219,18 @@ def register_ris_json(
     Raises:
         ValueError: ``name`` is taken by another dataset.
     """
-    files = [os.path.abspath(json_file)]
-    image_root = os.path.abspath(image_root)
     values = {
         "evaluator_type": "referring",
-        "image_root": image_root,
+        "image_root": os.path.abspath(image_root),
         "source": source,
-        "annotation_files": files,
+        "annotation_files": [os.path.abspath(json_file)],
     }
     metadata = MetadataCatalog.get(name)
-    if name not in DatasetCatalog:
-        DatasetCatalog.register(name, partial(load_ris_json, files[0], image_root, source=source))
-    elif any(metadata.get(key) != value for key, value in values.items()):
+    if name in DatasetCatalog and any(metadata.get(k) != value for k, value in values.items()):
         raise ValueError(f"the dataset name {name!r} is taken; choose another for {json_file}")
+    if name not in DatasetCatalog:
+        paths = os.path.abspath(json_file), os.path.abspath(image_root)
+        DatasetCatalog.register(name, partial(load_ris_json, *paths, source=source))
     metadata.set(**values)
 
 
@@ -291,20 +263,26 @@ def check_files(name: str) -> None:
         ValueError: no such dataset; the message lists what is known.
     """
     if name not in DatasetCatalog:
-        known = sorted(n for n in DatasetCatalog.list() if n.startswith("ris_") or _is_referring(n))
+        known = sorted(filter(_is_referring, DatasetCatalog.list()))
         close = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ValueError(f"unknown dataset {name!r}; {hint}known: {', '.join(known)}")
     for member in MIXTURES.get(name, (name,)):
         if member in _SPLITS:
-            dataset, split = _SPLITS[member]
-            dataset.check_files(dataset_root(), split)
-            continue
+            _set_metadata(member)
         metadata = MetadataCatalog.get(member)
-        files = [*metadata.get("annotation_files", ()), metadata.get("image_root", ".")]
-        missing = [path for path in files if not os.path.exists(path)]
-        if missing:
-            raise FileNotFoundError(f"dataset {member}: no such file: {', '.join(missing)}")
+        paths = [*metadata.get("annotation_files", ()), metadata.get("image_root", ".")]
+        _check_there(member, paths)
+
+
+def _check_there(name: str, paths: Sequence[str]) -> None:
+    missing = [os.path.abspath(path) for path in paths if not os.path.exists(path)]
+    if missing:
+        raise FileNotFoundError(
+            f"{name}: no such file: {', '.join(missing)}. The root is $DETECTRON2_DATASETS, now "
+            f"{dataset_root()!r}; datasets/README.md says where to get the files, "
+            "datasets/prepare.py what is there"
+        )
 
 
 def _is_referring(name: str) -> bool:
@@ -330,47 +308,41 @@ def load_records(names: Sequence[str], *, drop_eval_images: bool) -> list[dict]:
         ValueError: as the readers; or nothing is left of a dataset.
     """
     members = [member for name in names for member in MIXTURES.get(name, (name,))]
-    datasets = [_SPLITS[name][0] if name in _SPLITS else name for name in members]
-    drop = drop_eval_images and len(set(datasets)) > 1
-    parts, eval_images, done = [], set(), set()
+    datasets = [_SPLITS.get(name, (name,))[0] for name in members]
+    parts = []
+    eval_images = {}  # of each dataset; read beside its training split, for their files are shared
     for name, dataset in zip(members, datasets):
         parts.append(DatasetCatalog.get(name))
-        if drop and isinstance(dataset, Dataset) and dataset not in done:
-            done.add(dataset)
-            eval_images |= _eval_images(dataset)
+        is_mixed = drop_eval_images and len(set(datasets)) > 1
+        if is_mixed and isinstance(dataset, Dataset) and dataset not in eval_images:
+            eval_images[dataset] = _eval_images(dataset)
     forget_instances()
-    if drop:
-        parts = [_without(part, eval_images, name) for name, part in zip(members, parts)]
+    if eval_images:
+        dropped = set().union(*eval_images.values())
+        parts = [_without(part, dropped, name) for name, part in zip(members, parts)]
     return [record for part in parts for record in part]
 
 
 def _eval_images(dataset: Dataset) -> set[str]:
-    root = dataset_root()
     images = set()
-    for split in dataset.splits:
-        if split == "train":
-            continue
+    for split in dataset.splits[1:]:  # the first is train
         try:
-            records = dataset.load(root, split)
+            images.update(map(image_key, dataset.load(dataset_root(), split)))
         except (FileNotFoundError, MissingSplitError) as error:
             raise type(error)(
                 f"{error}. {dataset.name}_{split} is needed because a mixed training set leaves "
                 "out the images of its members' evaluation splits; DATASETS.DROP_EVAL_IMAGES False "
                 "trains without leaving out any"
             ) from error
-        images.update(image_key(record) for record in records)
     return images
 
 
 def _without(records: list[dict], eval_images: set[str], name: str) -> list[dict]:
     kept = [record for record in records if image_key(record) not in eval_images]
+    before, after = (sum(len(r["expressions"]) for r in part) for part in (records, kept))
     logger.info(
         "%s: dropped %d of %d images (%d of %d expressions) that evaluation splits use",
-        name,
-        len(records) - len(kept),
-        len(records),
-        _expressions(records) - _expressions(kept),
-        _expressions(records),
+        *(name, len(records) - len(kept), len(records), before - after, before),
     )
     if records and not kept:
         raise ValueError(
@@ -378,10 +350,6 @@ def _without(records: list[dict], eval_images: set[str], name: str) -> list[dict
             "training set unless DATASETS.DROP_EVAL_IMAGES is False"
         )
     return kept
-
-
-def _expressions(records: list[dict]) -> int:
-    return sum(len(record["expressions"]) for record in records)
 
 
 def image_key(record: dict) -> str:

@@ -3,10 +3,10 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from ..io import load_json
-from .records import field
+from ..io import load_json, reading
+from .records import load_instances
+from .units import take
 
 logger = logging.getLogger(__name__)
 
@@ -31,41 +31,27 @@ PUBLISHED = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassList:
-    """Which classes are seen in training and which are not; those in neither are left out."""
-
-    path: str
-    seen: frozenset[str]
-    unseen: frozenset[str]
-
-
-def load_class_list(path: str | os.PathLike) -> ClassList:
+def load_class_list(path: str | os.PathLike) -> dict[str, frozenset[str]]:
     """Read {"seen": [class names], "unseen": [class names]}.
 
     Raises:
         ValueError: a list is missing, empty or not of strings, or a class is in both.
     """
-    path, data = str(path), load_json(path)
-    groups = {}
-    for group in GROUPS:
-        names = field(data, group, list, path)
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{path}: field {group!r} must be a list of class names")
-        groups[group] = frozenset(names)
-    both = groups["seen"] & groups["unseen"]
-    if both:
-        raise ValueError(f"{path}: {sorted(both)} are both seen and unseen")
-    return ClassList(path=path, **groups)
+    with reading(path):
+        data = load_json(path)
+        for group in GROUPS:
+            names = data.get(group)
+            if not isinstance(names, list) or {*map(type, names)} != {str}:
+                raise ValueError(f"field {group!r} must be a list of class names")
+        classes = {group: frozenset(data[group]) for group in GROUPS}
+        both = sorted(classes["seen"] & classes["unseen"])
+        if both:
+            raise ValueError(f"{both} are both seen and unseen")
+    return classes
 
 
 def select_classes(
-    records: Sequence[dict],
-    groups: Sequence[str],
-    *,
-    classes: ClassList,
-    category_names: Sequence[str],
-    name: str,
+    records: Sequence[dict], groups: Sequence[str], *, instances_path: str, name: str
 ) -> list[dict]:
     """Keep the expressions whose targets all belong to one of the groups, and say how many they are.
 
@@ -73,23 +59,44 @@ def select_classes(
         records: of one split, as the readers make them; they are not changed.
         groups: "seen", "unseen", or both; with both, an image has a record for each, and the group
             is added to the record's source, so that the evaluator's tables tell them apart.
-        category_names: of the contiguous category ids.
+        instances_path: the split's instances.json, which names the categories; a seen_unseen.json
+            beside it takes the place of ``COCO_48_17``.
         name: of the split, for the log and for the comparison with the published numbers.
 
     Raises:
         ValueError: a group has no class that the dataset knows, or no expression at all.
     """
+    own_list = os.path.join(os.path.dirname(instances_path), "seen_unseen.json")
+    path = own_list if os.path.exists(own_list) else COCO_48_17
+    classes, category_names = load_class_list(path), load_instances(instances_path).category_names
     selected = []
     for group in groups:
-        members = getattr(classes, group)
-        _check_names(members, category_names, group, classes)
-        ids = {i for i, category in enumerate(category_names) if category in members}
+        unknown = classes[group].difference(category_names)
+        if unknown == classes[group]:
+            raise ValueError(
+                f"{path}: the dataset knows none of the {group} classes; its own are "
+                f"{sorted(category_names)}. A seen_unseen.json beside its instances.json takes the "
+                "place of the default list"
+            )
+        if unknown:
+            missing = ", ".join(sorted(unknown))
+            logger.warning("%s: no such class in the dataset: %s", path, missing)
+        ids = {i for i, category in enumerate(category_names) if category in classes[group]}
         own = [r for record in records if (r := _only(record, ids))["expressions"]]
         if not own:
-            raise ValueError(
-                f"{name}: no expression is about the {group} classes of {classes.path}"
-            )
-        _report(own, records, group=group, classes=classes, name=name)
+            raise ValueError(f"{name}: no expression is about the {group} classes of {path}")
+        published = PUBLISHED.get(name, {}).get(group) if path == COCO_48_17 else None
+        referents = _referents(own)
+        if published is None:
+            verdict = "no published number to compare"
+        elif published == referents:
+            verdict = f"the same as CGFormer's {published:,}"
+        else:
+            verdict = f"CGFormer has {published:,}: not the same classes or files"
+        logger.info(
+            f"{name}: {referents} of {_referents(records)} referents are of the "
+            f"{len(classes[group])} {group} classes of {path}; {verdict}"
+        )
         if len(groups) > 1:
             own = [{**record, "source": f"{record['source']} {group}"} for record in own]
         selected += own
@@ -99,53 +106,12 @@ def select_classes(
 def _only(record: dict, ids: set[int]) -> dict:
     """The record with those expressions that name annotations of the categories, and no others."""
     inside = {a["id"] for a in record["annotations"] if a["category_id"] in ids}
-    expressions = [
-        e
-        for e in record["expressions"]
-        if e["annotation_ids"] and inside.issuperset(e["annotation_ids"])
+    chosen = [
+        index
+        for index, expression in enumerate(record["expressions"])
+        if expression["annotation_ids"] and inside.issuperset(expression["annotation_ids"])
     ]
-    used = {i for e in expressions for i in e["annotation_ids"]}
-    annotations = [a for a in record["annotations"] if a["id"] in used]
-    return {**record, "annotations": annotations, "expressions": expressions}
-
-
-def _check_names(
-    members: frozenset[str], category_names: Sequence[str], group: str, classes: ClassList
-) -> None:
-    unknown = members - set(category_names)
-    if unknown == members:
-        raise ValueError(
-            f"{classes.path}: the dataset knows none of the {group} classes; its own are "
-            f"{sorted(category_names)}. A seen_unseen.json beside its instances.json takes the "
-            "place of the default list"
-        )
-    if unknown:
-        logger.warning(
-            "%s: no such class in the dataset: %s", classes.path, ", ".join(sorted(unknown))
-        )
-
-
-def _report(
-    own: Sequence[dict], records: Sequence[dict], *, group: str, classes: ClassList, name: str
-) -> None:
-    count = _referents(own)
-    published = PUBLISHED.get(name, {}).get(group)
-    if published is None or classes.path != COCO_48_17:
-        verdict = "no published number to compare"
-    elif published == count:
-        verdict = f"the same as CGFormer's {published:,}"
-    else:
-        verdict = f"CGFormer has {published:,}: not the same classes or files"
-    logger.info(
-        "%s: %d of %d referents are of the %d %s classes of %s; %s",
-        name,
-        count,
-        _referents(records),
-        len(getattr(classes, group)),
-        group,
-        classes.path,
-        verdict,
-    )
+    return take(record, chosen)
 
 
 def _referents(records: Sequence[dict]) -> int:

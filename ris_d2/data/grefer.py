@@ -1,10 +1,9 @@
 """gRefCOCO (single, multi, no target): ``grefs(<splitby>).json``, ``instances.json`` -> records."""
 
 import os
+from typing import Any
 
-from ..io import load_json, load_pickle
-from .records import Skipped
-from .refer import records_of_refs
+from .refer import load_refer
 
 
 def load_grefer(
@@ -12,33 +11,24 @@ def load_grefer(
     instances_path: str | os.PathLike,
     image_root: str,
     split: str,
-    *,
-    source: str = "grefcoco",
-    text_field: str = "raw",
-    skipped: Skipped | None = None,
+    **options: Any,
 ) -> list[dict]:
     """Read one split of gRefCOCO (github.com/henghuiding/gRefCOCO).
 
-    As ``load_refer``, except that ``ann_id`` is a list; ``[-1]`` or ``no_target: true`` gives
-    expressions with ``annotation_ids == []``. Annotations of crowds are no part of the ground truth,
-    as in ReLA (gres_model/data/datasets/grefcoco.py); a ref with no other target is left out.
+    As ``load_refer``, whose ``options`` it takes, except that ``ann_id`` is a list; ``[-1]`` or
+    ``no_target: true`` gives expressions with ``annotation_ids == []``. Annotations of crowds are no
+    part of the ground truth, as in ReLA (gres_model/data/datasets/grefcoco.py); a ref with no other
+    target is left out.
 
     Args:
         grefs_path: ``grefs(unc).json``, or the same list as a pickle, ``grefs(unc).p``.
     """
-    is_pickle = os.fspath(grefs_path).endswith(".p")
-    return records_of_refs(
-        load_pickle(grefs_path) if is_pickle else load_json(grefs_path),
-        refs_path=grefs_path,
-        instances_path=instances_path,
-        image_root=image_root,
-        split=split,
-        source=source,
-        text_field=text_field,
-        annotation_ids_of=_annotation_ids,
-        crowds=False,
-        skipped=skipped,
-    )
+    options = {
+        "source": "grefcoco",
+        "annotation_ids_of": _annotation_ids,
+        "crowds": False,
+    } | options
+    return load_refer(grefs_path, instances_path, image_root, split, **options)
 
 
 def _annotation_ids(ref: dict) -> list[int]:

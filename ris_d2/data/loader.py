@@ -5,15 +5,16 @@ import itertools
 import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.data.common import DatasetFromList
+from detectron2.data.common import DatasetFromList, MapDataset
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from ..processes import die_with_parent
 from .catalog import load_records
@@ -131,15 +132,14 @@ class ResumableTrainLoader:
         can say where to start.
         """
         draws = Draws(self._units, seed=self.seed)
-        dataset = _DrawnUnits(self._records, draws, self._mapper, self._conversion)
-        batches = _DrawNumbers(
-            first=self.start * self._accumulation * self._world_size + self._rank,
-            stride=self._world_size,
-            batch_size=self._batch_size,
-        )
+        first = self.start * self._accumulation * self._world_size + self._rank
+        size = self._batch_size
         loader = DataLoader(
-            dataset,
-            batch_sampler=batches,
+            _DrawnUnits(self._records, draws, self._mapper, self._conversion),
+            batch_sampler=(  # the numbers of the draws of each of this process' batches
+                list(range(batch * size, (batch + 1) * size))
+                for batch in itertools.count(first, self._world_size)
+            ),
             num_workers=self._num_workers,
             collate_fn=list,
             worker_init_fn=_init_worker,
@@ -154,20 +154,14 @@ class ResumableTrainLoader:
             yield batch
 
 
+@dataclass(frozen=True)
 class _DrawnUnits(Dataset):
     """Draw number -> model input."""
 
-    def __init__(
-        self,
-        records: DatasetFromList,
-        draws: Draws,
-        mapper: Mapper,
-        conversion: Callable[..., dict] | None,
-    ):
-        self.records = records
-        self.draws = draws
-        self.mapper = mapper
-        self.conversion = conversion
+    records: DatasetFromList
+    draws: Draws
+    mapper: Mapper
+    conversion: Callable[..., dict] | None
 
     def __getitem__(self, draw: int) -> dict:
         unit, rng = self.draws(draw)
@@ -175,19 +169,6 @@ class _DrawnUnits(Dataset):
         if self.conversion is not None:
             record = self.conversion(record, rng=rng)
         return self.mapper(record, rng)
-
-
-class _DrawNumbers(Sampler):
-    """Batch numbers first, first + stride, ... as lists of the global numbers of their draws."""
-
-    def __init__(self, *, first: int, stride: int, batch_size: int):
-        self.first = first
-        self.stride = stride
-        self.batch_size = batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in itertools.count(self.first, self.stride):
-            yield list(range(batch * self.batch_size, (batch + 1) * self.batch_size))
 
 
 def build_test_loader(
@@ -210,7 +191,7 @@ def build_test_loader(
     counts = [len(record["expressions"]) for record in records]
     mapper = mapper or ReferringMapper(cfg, is_train=False)
     return DataLoader(
-        _TestImages(DatasetFromList(records, serialize=True), mapper),
+        MapDataset(DatasetFromList(records, serialize=True), mapper),
         batch_size=1,
         sampler=shard(counts, rank=comm.get_rank(), world_size=comm.get_world_size()),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
@@ -235,18 +216,6 @@ def shard(counts: Sequence[int], *, rank: int, world_size: int) -> range:
     edges = counts.sum() * np.array([rank, rank + 1]) / world_size
     first, end = np.searchsorted(middles, edges)
     return range(int(first), int(end))
-
-
-class _TestImages(Dataset):
-    def __init__(self, records: DatasetFromList, mapper: Mapper):
-        self.records = records
-        self.mapper = mapper
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> dict:
-        return self.mapper(self.records[index])
 
 
 def _init_worker(worker_id: int) -> None:

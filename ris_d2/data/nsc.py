@@ -123,12 +123,8 @@ class NonReferentConversion:
         """
         chosen = rng.random(len(unit["expressions"])) < self.rate
         expressions = [
-            (
-                self._convert(expression, image_key(unit), pool, rng)
-                if choice and expression["annotation_ids"]
-                else expression
-            )
-            for expression, choice in zip(unit["expressions"], chosen)
+            self._convert(e, image_key(unit), pool, rng) if choice and e["annotation_ids"] else e
+            for e, choice in zip(unit["expressions"], chosen)
         ]
         if not any("replaced_text" in expression for expression in expressions):
             return unit
@@ -142,19 +138,14 @@ class NonReferentConversion:
         min_words = self.min_words if self.rules == "paper" else 0
         for _ in range(_ATTEMPTS):
             candidate_image, text = pool.draw(rng)
-            if self.rules == "paper" and candidate_image == image:
-                continue
-            if len(clean_text(text).split()) <= min_words:
-                continue
-            if _bag_of_words(text) in true:
-                continue
-            if similarity(self._parts(text), own) < self.max_similarity:
-                return {
-                    **expression,
-                    "text": text,
-                    "annotation_ids": [],
-                    "replaced_text": expression["text"],
-                }
+            if (
+                (self.rules == "released" or candidate_image != image)
+                and len(_bag_of_words(text)) > min_words
+                and _bag_of_words(text) not in true
+                and similarity(self._parts(text), own) < self.max_similarity
+            ):
+                changes = {"annotation_ids": [], "replaced_text": expression["text"]}
+                return {**expression, **changes, "text": text}
         return expression
 
     def _parts(self, text: str) -> Sequence[str]:
@@ -178,15 +169,12 @@ class ConversionLog:
                 self._converted += converted
                 self._with_target += converted or bool(expression["annotation_ids"])
         if self._batches % self._period == 0 and self._with_target:
+            before, share = self._with_target, 100 / self._sentences
             logger.info(
-                "NSC: %d of %d sentences with a target converted (%.1f %%); %.1f %% of all %d "
-                "sentences have no target, %.1f %% without conversion",
-                self._converted,
-                self._with_target,
-                100 * self._converted / self._with_target,
-                100 * (1 - (self._with_target - self._converted) / self._sentences),
-                self._sentences,
-                100 * (1 - self._with_target / self._sentences),
+                f"NSC: {self._converted} of {before} sentences with a target converted "
+                f"({100 * self._converted / before:.1f} %); "
+                f"{100 - share * (before - self._converted):.1f} % of all {self._sentences} "
+                f"sentences have no target, {100 - share * before:.1f} % without conversion"
             )
 
 

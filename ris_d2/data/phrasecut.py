@@ -1,6 +1,7 @@
 """PhraseCut: ``refer_<split>.json`` and the image table on Visual Genome -> records."""
 
 import os
+from collections.abc import Iterator
 
 from ..io import load_json, reading
 from .records import RecordBuilder, Skipped, by_id, drawable, make_image
@@ -49,29 +50,27 @@ def load_phrasecut(
             image_id, phrase = task["image_id"], task["phrase"]
             if image_id not in rows:
                 raise ValueError(f"image_id {image_id} is not in {image_table_path}")
-            where = f"{image_table_path}: image_id {image_id}"
-            image = make_image(rows[image_id], f"{image_id}.jpg", "image_id", where)
-            boxes, instances = task["instance_boxes"], task["Polygons"]
-            if len(boxes) != len(instances):
-                raise ValueError(f"{len(boxes)} instance_boxes, but Polygons of {len(instances)}")
-            annotations = []
-            for last_id, (box, polygons) in enumerate(zip(boxes, instances), start=last_id + 1):
-                flat = [_flat(points) for points in polygons if points]
-                shape = drawable(flat, box, image, skipped, key=last_id)
-                if shape:
-                    annotations.append({"id": last_id, **shape, "category_id": 0, "iscrowd": 0})
-            if not annotations:
+            with reading(image_table_path, f"image_id {image_id}"):
+                image = make_image(rows[image_id], image_id, f"{image_id}.jpg")
+            annotations = list(_annotations(task, image, skipped, last_id + 1))
+            last_id += len(task["Polygons"])
+            if annotations:
+                builder.add(image, position, position, phrase, annotations)
+            else:
                 skipped.whole("phrases without a region", image_id, position)
-                continue
-            builder.add(
-                image=image,
-                expression_id=position,
-                ref_id=position,
-                text=phrase,
-                annotations=annotations,
-            )
     skipped.log(os.fspath(refer_path))
     return builder.records()
+
+
+def _annotations(task: dict, image: dict, skipped: Skipped, first_id: int) -> Iterator[dict]:
+    boxes, instances = task["instance_boxes"], task["Polygons"]
+    if len(boxes) != len(instances):
+        raise ValueError(f"{len(boxes)} instance_boxes, but Polygons of {len(instances)}")
+    for id_, (box, polygons) in enumerate(zip(boxes, instances), start=first_id):
+        flat = [_flat(points) for points in polygons if points]
+        shape = drawable(flat, box, image, skipped, key=id_)
+        if shape:
+            yield {"id": id_, **shape, "category_id": 0, "iscrowd": 0}
 
 
 def _flat(points: list[list[float]]) -> list[float]:

@@ -2,10 +2,9 @@
 
 import logging
 import os
+from typing import Any
 
-from ..io import load_pickle
-from .records import Skipped
-from .refer import records_of_refs
+from .refer import load_refer
 
 logger = logging.getLogger(__name__)
 
@@ -20,10 +19,9 @@ def load_refclef(
     split: str,
     *,
     source: str = "refclef",
-    text_field: str = "raw",
-    skipped: Skipped | None = None,
+    **options: Any,
 ) -> list[dict]:
-    """Read one split of RefCLEF; as ``load_refer`` except for the following.
+    """Read one split of RefCLEF; as ``load_refer``, whose ``options`` it takes, but for the following.
 
     Annotation ids are strings in these files and become positions in ``instances.json`` from 1;
     masks are lists of RLE. Images lie in ``image_root`` as <id>.jpg, or in the folders of SAIAPR
@@ -33,17 +31,7 @@ def load_refclef(
     Args:
         split: train, val, testA, testB, testC (unc); train, val, test (berkeley).
     """
-    records = records_of_refs(
-        load_pickle(refs_path),
-        refs_path=refs_path,
-        instances_path=instances_path,
-        image_root=image_root,
-        split=split,
-        source=source,
-        text_field=text_field,
-        annotation_ids_of=lambda ref: [ref["ann_id"]],
-        skipped=skipped,
-    )
+    records = load_refer(refs_path, instances_path, image_root, split, source=source, **options)
     if records and not os.path.exists(records[0]["file_name"]):
         in_folders = [_in_folder(record["file_name"]) for record in records]
         if os.path.exists(in_folders[0]):

@@ -90,29 +90,17 @@ class Tokenizer:
         self.kind, self.max_tokens, self.clean = kind, max_tokens, clean
         self.file = _find_file(kind, path)
         self.warnings_left = 5
-        self._pieces = self._fast = None
-        if self.file.suffix == ".spm":
-            _require_sentencepiece(self.file)
+        is_spm = self.file.suffix == ".spm"
+        self._words = _Pieces(self.file) if is_spm else _load_fast(kind, self.file)
+        self.vocab_size = len(self._words)
         with reading(self.file):
-            self._load()
-        if set(self._encode([_PROBE])[0]) <= {self._unknown_id}:
+            self.start_id, self.end_id, self.pad_id = _special_ids(kind, self._words, self.file)
+            encoded = self._encode([_PROBE])[0]
+        if set(encoded) <= {self._words.unk_token_id}:
             raise ValueError(
                 f"{self.file}: not a usable {kind} tokenizer: of its {self.vocab_size} tokens none "
                 f"is in {_PROBE!r}. Is the file complete and of that kind? {_ADVICE[kind]}"
             )
-
-    def _load(self) -> None:
-        if self.file.suffix == ".spm":
-            self._pieces = _load_pieces(self.file)
-            self.start_id, self.pad_id, self.end_id, self._unknown_id = _BEIT3_SPECIAL.values()
-            self.vocab_size = self._pieces.get_piece_size() + 2
-        else:
-            # The data loader forks; the library's threads would not survive that and it warns.
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-            self._fast = _load_fast(self.kind, self.file)
-            self.start_id, self.end_id, self.pad_id = _special_ids(self.kind, self._fast, self.file)
-            self._unknown_id = self._fast.unk_token_id
-            self.vocab_size = len(self._fast)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -147,53 +135,34 @@ class Tokenizer:
         return input_ids, text_mask
 
     def _warn(self, texts: list[str], encoded: list[list[int]]) -> None:
-        unknown = [
-            word
-            for text, ids in zip(texts, encoded)
-            if self._unknown_id in ids
-            for word in self._unknown_words(text) or [text]
-        ]
-        most = self.max_tokens - 2
-        cut = [
-            f"{text!r} (its first {most} of {len(ids)} tokens are read)"
-            for text, ids in zip(texts, encoded)
-            if len(ids) > most
-        ]
+        most, unknown_id = self.max_tokens - 2, self._words.unk_token_id
+        unknown, cut = [], []
+        for text, ids in zip(texts, encoded):
+            if unknown_id in ids:
+                words = text.split()
+                found = [w for w, own in zip(words, self._encode(words)) if unknown_id in own]
+                unknown += found or [text]
+            if len(ids) > most:
+                cut.append(f"{text!r} (its first {most} of {len(ids)} tokens are read)")
         if unknown:
-            words = ", ".join(map(repr, dict.fromkeys(unknown)))
-            logger.warning("The tokenizer %s does not know: %s", self.file, words)
+            names = ", ".join(map(repr, dict.fromkeys(unknown)))
+            logger.warning("The tokenizer %s does not know: %s", self.file, names)
         if cut:
-            sentences = ", ".join(cut)
-            logger.warning("Longer than INPUT.RIS.MAX_TOKENS %d: %s", self.max_tokens, sentences)
+            names = ", ".join(cut)
+            logger.warning("Longer than INPUT.RIS.MAX_TOKENS %d: %s", self.max_tokens, names)
         self.warnings_left -= bool(unknown or cut)
-
-    def _unknown_words(self, text: str) -> list[str]:
-        words = text.split()
-        return [w for w, ids in zip(words, self._encode(words)) if self._unknown_id in ids]
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """How a person reads the ids: the pieces of words, without the marks of their edges."""
-        if self._pieces is None:
-            pieces = self._fast.convert_ids_to_tokens(list(ids))
-        else:
-            special = {i: token for token, i in _BEIT3_SPECIAL.items()}
-            pieces = [special.get(i) or self._pieces.id_to_piece(i - 1) for i in ids]
-        return [
-            piece.strip("\u2581\u0120").removeprefix("##").removesuffix("</w>") for piece in pieces
-        ]
+        pieces = self._words.convert_ids_to_tokens(list(ids))
+        return [p.strip("\u2581\u0120").removeprefix("##").removesuffix("</w>") for p in pieces]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of the words alone."""
         if not texts:
             return []
         with reading(self.file):  # what is damaged in it may be met with the first odd word
-            if self._pieces is not None:
-                unknown = self._pieces.unk_id()
-                return [
-                    [self._unknown_id if piece == unknown else piece + 1 for piece in pieces]
-                    for pieces in self._pieces.encode(texts)
-                ]
-            return self._fast(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            return self._words(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def clean_text(text: str) -> str:
@@ -208,9 +177,7 @@ def _find_file(kind: str, path: str) -> Path:
             f"INPUT.RIS.TOKENIZER.PATH is empty; kind {kind} needs one: {_ADVICE[kind]}"
         )
     tried = [Path(path).expanduser(), Path(dataset_root(), path)]
-    found = next((place for place in tried if place.exists()), None)
-    if found is None:
-        found = _fetch(kind, path, tried)
+    found = next((place for place in tried if place.exists()), None) or _fetch(kind, path, tried)
     names = _FILES[kind]
     if found.is_file():
         if found.name in names or (kind == "beit3" and found.suffix == ".spm"):
@@ -231,14 +198,9 @@ def _fetch(kind: str, name: str, tried: list[Path]) -> Path:
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.endswith((".spm", ".json", ".txt")):
         from huggingface_hub import snapshot_download
 
+        beside = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json")
         try:
-            files = [
-                *_FILES[kind],
-                "merges.txt",
-                "tokenizer_config.json",
-                "special_tokens_map.json",
-            ]
-            return Path(snapshot_download(name, allow_patterns=files))
+            return Path(snapshot_download(name, allow_patterns=[*_FILES[kind], *beside]))
         except Exception as error:  # many kinds: offline, no such repository, gated, disk full, ...
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     places = " and ".join(str(place.absolute()) for place in tried)
@@ -248,70 +210,80 @@ def _fetch(kind: str, name: str, tried: list[Path]) -> Path:
     )
 
 
-def _require_sentencepiece(file: Path) -> None:
-    try:
-        import sentencepiece  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"{file} needs the package sentencepiece (pip install sentencepiece); without it, give "
-            "INPUT.RIS.TOKENIZER.PATH a folder with the converted tokenizer.json"
-        ) from error
+class _Pieces:
+    """A sentencepiece model with fairseq's ids, behind the calls of a transformers tokenizer."""
 
+    unk_token_id = _BEIT3_SPECIAL["<unk>"]
 
-def _load_pieces(file: Path):
-    import sentencepiece
+    def __init__(self, file: Path) -> None:
+        try:
+            import sentencepiece
+        except ImportError as error:
+            raise ImportError(
+                f"{file} needs the package sentencepiece (pip install sentencepiece); without it, "
+                "give INPUT.RIS.TOKENIZER.PATH a folder with the converted tokenizer.json"
+            ) from error
+        with reading(file):
+            self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
+            ids = self._pieces.unk_id(), self._pieces.bos_id(), self._pieces.eos_id()
+        if ids != (0, 1, 2):
+            raise ValueError(
+                f"{file}: unknown, start and end are pieces {ids}, but BEiT-3's ids need (0, 1, 2)"
+            )
+        if file.name == "beit3.spm" and len(self) != _BEIT3_SIZE:
+            raise ValueError(
+                f"{file}: {len(self)} tokens, but the released beit3.spm has {_BEIT3_SIZE}; "
+                f"get it again ({_ADVICE['beit3']}), or name another model differently"
+            )
 
-    try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{file}: not a sentencepiece model, or damaged: {error}") from error
-    ids = pieces.unk_id(), pieces.bos_id(), pieces.eos_id()
-    if ids != (0, 1, 2):
-        raise ValueError(
-            f"{file}: unknown, start and end are pieces {ids}, but BEiT-3's ids need (0, 1, 2)"
-        )
-    size = pieces.get_piece_size() + 2
-    if file.name == "beit3.spm" and size != _BEIT3_SIZE:
-        raise ValueError(
-            f"{file}: {size} tokens, but the released beit3.spm has {_BEIT3_SIZE}; "
-            f"get it again ({_ADVICE['beit3']}), or name another model differently"
-        )
-    return pieces
+    def __len__(self) -> int:
+        return self._pieces.get_piece_size() + 2
+
+    def __call__(self, texts: list[str], **options) -> dict[str, list[list[int]]]:
+        encoded = self._pieces.encode(texts)
+        return {"input_ids": [[p + 1 if p else self.unk_token_id for p in ids] for ids in encoded]}
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        special = {i: token for token, i in _BEIT3_SPECIAL.items()}
+        return [special.get(i) or self._pieces.id_to_piece(i - 1) for i in ids]
+
+    def get_vocab(self) -> dict[str, int]:
+        return _BEIT3_SPECIAL
 
 
 def _load_fast(kind: str, file: Path):
     """The transformers tokenizer whose files are ``file`` and its neighbours."""
+    # The data loader forks; the library's threads would not survive that and it warns.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import BertTokenizerFast, CLIPTokenizerFast, PreTrainedTokenizerFast
 
     if kind == "clip" and file.name == "vocab.json" and not file.with_name("merges.txt").is_file():
         raise FileNotFoundError(f"{file.with_name('merges.txt')}: missing beside {file.name}")
-    loader = {"bert": BertTokenizerFast, "clip": CLIPTokenizerFast}.get(
-        kind, PreTrainedTokenizerFast
-    )
-    try:
-        return loader.from_pretrained(str(file.parent))
-    except Exception as error:  # the tokenizers library raises bare Exception for malformed files
-        raise ValueError(f"{file}: not a readable {kind} tokenizer: {error}") from error
+    kinds = {"bert": BertTokenizerFast, "clip": CLIPTokenizerFast}
+    with reading(file):
+        return kinds.get(kind, PreTrainedTokenizerFast).from_pretrained(str(file.parent))
 
 
-def _special_ids(kind: str, fast, file: Path) -> tuple[int, int, int]:
+def _special_ids(kind: str, words, file: Path) -> tuple[int, int, int]:
     """Ids of start, end and padding; ``ValueError`` where the file lacks one."""
-    vocabulary = fast.get_vocab()
-    if kind in ("bert", "clip"):  # transformers appends what is missing to the vocabulary
-        vocabulary = fast.backend_tokenizer.get_vocab(with_added_tokens=False)
+    vocabulary = words.get_vocab()
     if kind == "beit3":
         ids = {token: vocabulary.get(token) for token in _BEIT3_SPECIAL}
         if ids != _BEIT3_SPECIAL:
             raise ValueError(f"{file}: special tokens are {ids}, BEiT-3 has {_BEIT3_SPECIAL}")
         return ids["<s>"], ids["</s>"], ids["<pad>"]
-    start, end = fast.cls_token or fast.bos_token, fast.sep_token or fast.eos_token
-    tokens = {"start (bos or cls)": start, "end (eos or sep)": end, "padding (pad)": fast.pad_token}
+    if kind != "hf":  # transformers appends what is missing to the vocabulary
+        vocabulary = words.backend_tokenizer.get_vocab(with_added_tokens=False)
+    start, end = words.cls_token or words.bos_token, words.sep_token or words.eos_token
+    tokens = {
+        "start (bos or cls)": start,
+        "end (eos or sep)": end,
+        "padding (pad)": words.pad_token,
+    }
     missing = [f"{name} token {token}" for name, token in tokens.items() if token not in vocabulary]
     if missing:
         raise ValueError(
-            f"{file}: no {', no '.join(missing)} in its vocabulary of {len(vocabulary)}; it is not "
-            f"a {kind} tokenizer, or tokenizer_config.json beside it does not name them. "
-            f"{_ADVICE[kind]}"
+            f"{file}: no {', no '.join(missing)} in its vocabulary of {len(vocabulary)}; it is not a {kind} "
+            f"tokenizer, or tokenizer_config.json beside it does not name them. {_ADVICE[kind]}"
         )
-    start, end, pad = (vocabulary[token] for token in tokens.values())
-    return start, end, 0 if kind == "clip" else pad
+    return vocabulary[start], vocabulary[end], 0 if kind == "clip" else vocabulary[words.pad_token]

@@ -43,6 +43,14 @@ class Units(Sequence):
         return Unit(int(self._records[index]), tuple(expressions.tolist()))
 
 
+def check_unit(unit: str, max_expressions: int) -> None:
+    """Raise ValueError unless such units can be drawn, see :func:`build_units`."""
+    if unit not in UNITS:
+        raise ValueError(f"INPUT.RIS.UNIT is one of {', '.join(UNITS)}, not {unit!r}")
+    if max_expressions < 1:
+        raise ValueError(f"INPUT.MAX_EXPRESSIONS must be at least 1, not {max_expressions}")
+
+
 def build_units(records: Sequence[dict], unit: str, *, max_expressions: int = 8) -> Units:
     """List the units of one epoch, in the order of the records.
 
@@ -55,6 +63,7 @@ def build_units(records: Sequence[dict], unit: str, *, max_expressions: int = 8)
     Raises:
         ValueError: an unknown unit, or fewer than one expression per image asked for.
     """
+    check_unit(unit, max_expressions)
     units = [
         Unit(index, group)
         for index, record in enumerate(records)
@@ -129,20 +138,12 @@ class Draws:
 
 
 def _groups(record: dict, unit: str) -> list[tuple[int, ...]]:
-    indices = range(len(record["expressions"]))
-    if unit == "sentence":
-        return [(index,) for index in indices]
-    if unit == "image":
-        return [tuple(indices)] if indices else []
-    if unit == "referent":
-        referents = {}
-        for index in indices:
-            referents.setdefault(record["expressions"][index]["ref_id"], []).append(index)
-        return [tuple(group) for group in referents.values()]
-    raise ValueError(f"INPUT.RIS.UNIT is one of {', '.join(UNITS)}, not {unit!r}")
+    groups = {}
+    for index, expression in enumerate(record["expressions"]):
+        key = {"sentence": index, "referent": expression["ref_id"], "image": None}[unit]
+        groups.setdefault(key, []).append(index)
+    return [tuple(group) for group in groups.values()]
 
 
 def _limit(unit: str, max_expressions: int) -> int:
-    if max_expressions < 1:
-        raise ValueError(f"INPUT.MAX_EXPRESSIONS must be at least 1, not {max_expressions}")
     return max_expressions if unit == "image" else 1

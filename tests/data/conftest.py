@@ -3,6 +3,10 @@ import numpy as np
 import pytest
 import torch
 
+from ris_d2 import get_ris_cfg
+from ris_d2.data.augmentations import build_augmentations, build_views
+from ris_d2.data.mapper import ReferringMapper
+
 
 def stub_tokenizer(texts):
     """Two tokens for each word, so that different sentences give different ids."""
@@ -61,5 +65,30 @@ def make_record(tmp_path):
             "annotations": annotations,
             "expressions": expressions,
         }
+
+    return make
+
+
+@pytest.fixture
+def make_mapper(tokenizer):
+    """Build a mapper from the settings of INPUT.RIS, in lower case, beside those of its own."""
+
+    def make(*, is_train, affine=None, views=None, **settings):
+        cfg = get_ris_cfg()
+        own = {k: settings.pop(k) for k in ("resolution", "max_expressions") if k in settings}
+        for key, value in settings.items():
+            setattr(cfg.INPUT.RIS, key.upper(), value)
+        cfg.INPUT.RIS.VIEWS = [[name, *size] for name, size in (views or {}).items()]
+        cfg.INPUT.RIS.AFFINE.ENABLED = affine is not None
+        for key, value in (affine or {}).items():
+            setattr(cfg.INPUT.RIS.AFFINE, key.upper(), value)
+        return ReferringMapper(
+            is_train=is_train,
+            tokenizer=tokenizer,
+            augmentations=build_augmentations(cfg, is_train),
+            views=build_views(cfg),
+            unit=cfg.INPUT.RIS.UNIT,
+            **own,
+        )
 
     return make

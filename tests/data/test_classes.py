@@ -39,10 +39,11 @@ def summary(records):
 
 def test_the_list_of_open_vocabulary_detection():
     classes = load_class_list(COCO_48_17)
-    assert (len(classes.seen), len(classes.unseen)) == (48, 17)
-    assert {"person", "tv", "toothbrush"} < classes.seen
-    assert {"cat", "couch", "scissors"} < classes.unseen
-    assert not (classes.seen | classes.unseen) & {"dining table", "potted plant", "cell phone"}
+    seen, unseen = classes["seen"], classes["unseen"]
+    assert (len(seen), len(unseen)) == (48, 17)
+    assert {"person", "tv", "toothbrush"} < seen
+    assert {"cat", "couch", "scissors"} < unseen
+    assert not (seen | unseen) & {"dining table", "potted plant", "cell phone"}
 
 
 def test_splits_by_class(animals):
@@ -125,22 +126,21 @@ def test_mixtures_of_seen_splits_leak_no_evaluation_image(animals):
     assert [(r["source"], r["image_id"]) for r in records] == [("refcoco", 1), ("refcoco+", 3)]
 
 
-def test_several_targets_must_all_belong_and_none_belongs_nowhere(tmp_path):
-    classes = load_class_list(_write(tmp_path, {"seen": ["cup"], "unseen": ["cat"]}))
+def test_several_targets_must_all_belong_and_none_belongs_nowhere(dataset_files):
+    dataset_files.json("toy/seen_unseen.json", {"seen": ["cup"], "unseen": ["cat"]})
+    dataset_files.instances["categories"] = [{"id": 1, "name": "cup"}, {"id": 2, "name": "cat"}]
+    instances_path = dataset_files.json("toy/instances.json", dataset_files.instances)
     annotations = [{"id": i, "category_id": c} for i, c in ((1, 0), (2, 1), (3, 0))]
     expressions = [
         {"ref_id": i, "annotation_ids": ids} for i, ids in enumerate(([1], [1, 2], [], [1, 3]))
     ]
     record = {"source": "toy", "annotations": annotations, "expressions": expressions}
-    (seen,) = select_classes(
-        [record], ["seen"], classes=classes, category_names=["cup", "cat"], name="toy"
-    )
+    arguments = dict(instances_path=instances_path, name="toy")
+    (seen,) = select_classes([record], ["seen"], **arguments)
     assert [e["ref_id"] for e in seen["expressions"]] == [0, 3]
     assert [a["id"] for a in seen["annotations"]] == [1, 3]
     with pytest.raises(ValueError, match="toy: no expression is about the unseen classes"):
-        select_classes(
-            [record], ["unseen"], classes=classes, category_names=["cup", "cat"], name="toy"
-        )
+        select_classes([record], ["unseen"], **arguments)
 
 
 def _write(tmp_path, content):
@@ -160,9 +160,10 @@ def test_classes_that_the_dataset_does_not_know(tmp_path, animals, caplog):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ({"seen": ["cat"]}, "field 'unseen' is missing"),
+        ({"seen": ["cat"]}, "field 'unseen' must be a list of class names"),
         ({"seen": ["cat"], "unseen": []}, "field 'unseen' must be a list of class names"),
         ({"seen": [3], "unseen": ["cat"]}, "field 'seen' must be a list of class names"),
+        ({"seen": "cat", "unseen": ["dog"]}, "field 'seen' must be a list of class names"),
         ({"seen": ["cat", "dog"], "unseen": ["cat"]}, r"\['cat'\] are both seen and unseen"),
     ],
 )

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from ris_d2.data.images import read_image, to_rgb
-from ris_d2.data.mapper import ReferringMapper
 from ris_d2.masks import MAX_PIXELS
 from ris_d2.predictor import Predictor
 
@@ -67,7 +66,7 @@ def save(kind, path):
     ["rgb.png", "rgb.bmp", "rgb.webp", "rgb.jpg", "turned.jpg", "grey.jpg", "cmyk.jpg"]
     + ["rgba.png", "palette.gif", "deep.png"],
 )
-def test_training_evaluation_and_predictor_see_the_same_pixels(kind, tmp_path, tokenizer):
+def test_training_evaluation_and_predictor_see_the_same_pixels(kind, tmp_path, make_mapper):
     save(kind, tmp_path / kind)
     pixels = read_image(tmp_path / kind)
     height, width = pixels.shape[:2]
@@ -83,7 +82,7 @@ def test_training_evaluation_and_predictor_see_the_same_pixels(kind, tmp_path, t
     }
     expected = pixels.transpose(2, 0, 1)
     for is_train in (True, False):
-        mapper = ReferringMapper(is_train=is_train, tokenizer=tokenizer, size=(height, width))
+        mapper = make_mapper(is_train=is_train, size=(height, width))
         np.testing.assert_array_equal(mapper(record)["image"], expected)
     predictor = Predictor.__new__(Predictor)
     predictor.mapper = mapper

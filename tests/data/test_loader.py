@@ -41,10 +41,9 @@ def cfg(records, tokenizer, monkeypatch):
     DatasetCatalog.remove("toy_records")
 
 
-def make_loader(records, tokenizer, unit="referent", **kwargs):
-    mapper = ReferringMapper(
+def make_loader(records, make_mapper, unit="referent", **kwargs):
+    mapper = make_mapper(
         is_train=True,
-        tokenizer=tokenizer,
         size=(16, 16),
         geometry="letterbox",
         flip_prob=0.5,
@@ -81,11 +80,11 @@ def drawn(batches):
     return [[e["expression_id"] for x in batch for e in x["expressions"]] for batch in batches]
 
 
-def test_batches_are_the_same_with_any_number_of_workers(records, tokenizer):
-    straight = take_batches(make_loader(records, tokenizer), 7)
+def test_batches_are_the_same_with_any_number_of_workers(records, make_mapper):
+    straight = take_batches(make_loader(records, make_mapper), 7)
     torch.manual_seed(99)
     for num_workers in (2, 3):
-        loader = make_loader(records, tokenizer, num_workers=num_workers)
+        loader = make_loader(records, make_mapper, num_workers=num_workers)
         assert_equal(take_batches(loader, 7), straight)
     texts = [e["text"] for batch in straight for x in batch for e in x["expressions"]]
     assert any("right" in text for text in texts) and any("left" in text for text in texts)
@@ -93,9 +92,9 @@ def test_batches_are_the_same_with_any_number_of_workers(records, tokenizer):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_loader_that_starts_later_goes_on_exactly(records, tokenizer, accumulation):
-    straight = take_batches(make_loader(records, tokenizer, accumulation=accumulation), 8)
-    resumed = make_loader(records, tokenizer, accumulation=accumulation, num_workers=2)
+def test_a_loader_that_starts_later_goes_on_exactly(records, make_mapper, accumulation):
+    straight = take_batches(make_loader(records, make_mapper, accumulation=accumulation), 8)
+    resumed = make_loader(records, make_mapper, accumulation=accumulation, num_workers=2)
     batches = iter(resumed)  # as detectron2 0.6: asked for before the start is known
     resumed.start = 3
     taken = list(itertools.islice(batches, 8 - 3 * accumulation))
@@ -103,32 +102,32 @@ def test_a_loader_that_starts_later_goes_on_exactly(records, tokenizer, accumula
     assert_equal(taken, straight[3 * accumulation :])
 
 
-def test_another_seed_draws_otherwise(records, tokenizer):
-    loader = make_loader(records, tokenizer)
+def test_another_seed_draws_otherwise(records, make_mapper):
+    loader = make_loader(records, make_mapper)
     first = drawn(take_batches(loader, 6))
     loader.seed = 6
     assert drawn(take_batches(loader, 6)) != first
 
 
-def test_loading_draws_no_global_random_numbers(records, tokenizer):
+def test_loading_draws_no_global_random_numbers(records, make_mapper):
     torch.manual_seed(0)
     np.random.seed(0)
     states = torch.get_rng_state(), np.random.get_state()[1]
-    take_batches(make_loader(records, tokenizer), 3)
-    take_batches(make_loader(records, tokenizer, num_workers=2), 3)
+    take_batches(make_loader(records, make_mapper), 3)
+    take_batches(make_loader(records, make_mapper, num_workers=2), 3)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (np.random.get_state()[1] == states[1]).all()
 
 
 @pytest.mark.parametrize("world_size, accumulation", [(2, 1), (1, 2), (2, 2), (4, 1)])
 def test_processes_and_micro_batches_partition_the_draws(
-    records, tokenizer, world_size, accumulation
+    records, make_mapper, world_size, accumulation
 ):
-    whole = take_batches(make_loader(records, tokenizer), 4)
+    whole = take_batches(make_loader(records, make_mapper), 4)
     parts = [
         take_batches(
             make_loader(
-                records, tokenizer, accumulation=accumulation, rank=rank, world_size=world_size
+                records, make_mapper, accumulation=accumulation, rank=rank, world_size=world_size
             ),
             4 * accumulation,
         )
@@ -145,8 +144,8 @@ def test_processes_and_micro_batches_partition_the_draws(
 
 
 @pytest.mark.parametrize("unit, per_epoch", [("sentence", 11), ("referent", 7), ("image", 4)])
-def test_an_epoch_sees_every_unit(records, tokenizer, unit, per_epoch):
-    loader = make_loader(records, tokenizer, unit, units_per_step=1)
+def test_an_epoch_sees_every_unit(records, make_mapper, unit, per_epoch):
+    loader = make_loader(records, make_mapper, unit, units_per_step=1)
     assert loader.units_per_epoch == per_epoch
     samples = [batch[0] for batch in take_batches(loader, per_epoch)]
     expressions = [e for x in samples for e in x["expressions"]]
@@ -170,16 +169,16 @@ def test_an_epoch_sees_every_unit(records, tokenizer, unit, per_epoch):
         ({"accumulation": 0}, "ACCUMULATION must be at least 1"),
     ],
 )
-def test_batches_that_cannot_be_shared_are_errors(records, tokenizer, settings, message):
+def test_batches_that_cannot_be_shared_are_errors(records, make_mapper, settings, message):
     with pytest.raises(ValueError, match=message):
-        make_loader(records, tokenizer, **settings)
+        make_loader(records, make_mapper, **settings)
 
 
-def test_a_damaged_image_is_named_from_a_worker(records, tokenizer):
+def test_a_damaged_image_is_named_from_a_worker(records, make_mapper):
     with open(records[2]["file_name"], "wb") as file:
         file.write(b"nothing")
     with pytest.raises(ValueError, match="3.png: not an image"):
-        take_batches(make_loader(records, tokenizer, num_workers=2), 8)
+        take_batches(make_loader(records, make_mapper, num_workers=2), 8)
 
 
 def test_train_loader_from_config(cfg):

@@ -44,7 +44,7 @@ def test_defaults(dataset_files):
             {"annotation_ids": [[10]]},
             r"expression 1: field 'annotation_ids' must be",
         ),
-        ("expressions", 0, {"text": ""}, r"expression 0: field 'text' is empty"),
+        ("expressions", 0, {"text": ""}, r"expression 0: the text '' has no letter or digit"),
         ("expressions", 0, {"text": "?"}, r"expression 0: the text '\?' has no letter or digit"),
         ("expressions", 2, {"id": 100}, r"expression 2: the expression id 100 occurs twice"),
         ("expressions", 0, {"image_id": 3}, r"expression 0: there is no image with the id 3"),
@@ -79,6 +79,37 @@ def test_defaults(dataset_files):
 def test_malformed_fields_are_named(dataset_files, key, index, changes, message):
     dataset_files.custom[key][index].update(changes)
     with pytest.raises(ValueError, match=r"custom\.json: " + message):
+        load(dataset_files)
+
+
+@pytest.mark.parametrize(
+    "key, index, name, value, message",
+    [
+        (
+            "images",
+            1,
+            "height",
+            None,
+            r"image 2: field 'height' is missing; there are \['file_name",
+        ),
+        ("annotations", 0, "iscrowd", "no", r"annotation 10: field 'iscrowd' must be an integer"),
+        ("annotations", 0, "iscrowd", True, r"annotation 10: field 'iscrowd' .*, not True"),
+        ("annotations", 1, "segmentation", 3, r"annotation 11: .* must be a list or an object"),
+        ("expressions", 2, "text", 5, r"expression 2: field 'text' must be a text, not 5"),
+        ("expressions", 1, "image_id", None, r"expression 1: field 'image_id' is missing"),
+    ],
+)
+def test_every_entry_has_its_fields(dataset_files, key, index, name, value, message):
+    """Also one that no expression names."""
+    dataset_files.custom["images"].append({**dataset_files.custom["images"][0], "id": 2})
+    entry = dataset_files.custom[key][index]
+    entry[name] = value
+    if value is None:
+        del entry[name]
+    with pytest.raises(ValueError, match=r"custom\.json: " + message):
+        load(dataset_files)
+    dataset_files.custom[key][index] = "entry"
+    with pytest.raises(ValueError, match=rf"{key[:-1]} {index}: must be an object with fields"):
         load(dataset_files)
 
 

@@ -318,7 +318,7 @@ def test_tokenizers_without_words_or_special_tokens(bert_folder, clip_folder, sh
     with pytest.raises(ValueError, match="BEiT-3 has"):
         make("beit3", shapes_folder)
     (shapes_folder / "tokenizer.json").write_text('{"version": "1.0", "model"')
-    with pytest.raises(ValueError, match="not a readable hf tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: Expecting ':' delimiter"):
         make("hf", shapes_folder)
 
 
