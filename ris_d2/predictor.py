@@ -76,7 +76,7 @@ class Results(list):
             import supervision
         except ImportError as error:
             raise ImportError(
-                "to_supervision needs the package supervision: pip install supervision"
+                f"to_supervision needs the package supervision (pip install supervision): {error}"
             ) from error
         found = [result for result in self if result["box"]]
         if not found:
