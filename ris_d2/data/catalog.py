@@ -241,7 +241,7 @@ def register_from_config(cfg: CfgNode) -> None:
         ValueError: an entry is no (name, json file, image folder), or its name is taken.
     """
     for entry in cfg.DATASETS.RIS_JSON:
-        if len(entry) != 3 or not all(isinstance(part, str) for part in entry):
+        if [*map(type, entry)] != [str] * 3:
             raise ValueError(
                 f"DATASETS.RIS_JSON: {entry!r} must be three texts: name, json file, image folder"
             )
@@ -358,6 +358,4 @@ def image_key(record: dict) -> str:
     return os.path.join(_real_path(folder), name)
 
 
-@lru_cache(maxsize=None)
-def _real_path(folder: str) -> str:
-    return os.path.realpath(folder)
+_real_path = lru_cache(maxsize=None)(os.path.realpath)

@@ -56,7 +56,8 @@ def _decode(data: bytes) -> np.ndarray:
             return to_rgb(image)
     # OpenCV decodes JPEG files, which nearly all images of datasets are, faster than Pillow.
     check_size(height, width)
-    if _is_cut_jpeg(data):
+    # No end marker after the last scan: OpenCV would fill the rest of the image with grey.
+    if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
         raise ValueError("the end is missing")
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     if pixels is None:
@@ -74,11 +75,6 @@ def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
             return None
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return None
-
-
-def _is_cut_jpeg(data: bytes) -> bool:
-    # No end marker after the last scan: OpenCV would fill the rest of the image with grey.
-    return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
 
 
 def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:

@@ -44,11 +44,8 @@ def build_train_loader(cfg: CfgNode, *, mapper: Mapper | None = None) -> "Resuma
     if not len(units):
         raise ValueError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no expressions")
     logger.info(
-        "%d training units (%s) in %d images of %s",
-        len(units),
-        cfg.INPUT.RIS.UNIT,
-        len(records),
-        ", ".join(cfg.DATASETS.TRAIN),
+        f"{len(units)} training units ({cfg.INPUT.RIS.UNIT}) in {len(records)} images of "
+        f"{', '.join(cfg.DATASETS.TRAIN)}"
     )
     conversion = NonReferentConversion(cfg)
     return ResumableTrainLoader(
@@ -145,12 +142,10 @@ class ResumableTrainLoader:
             worker_init_fn=_init_worker,
             generator=torch.Generator(),  # its own: starting workers draws no global random number
         )
-        if self._conversion is None:
-            yield from loader
-            return
-        log = ConversionLog()
+        log = ConversionLog() if self._conversion else None
         for batch in loader:
-            log.count(batch)
+            if log:
+                log.count(batch)
             yield batch
 
 

@@ -199,11 +199,8 @@ class ReferringMapper:
             except ValueError as error:
                 raise ValueError(f"annotation {annotation['id']}: {error}") from error
             if not mask.any():
-                log_first_n(
-                    logging.WARNING,
-                    f"{record['file_name']}: annotation {annotation['id']} encloses no pixel",
-                    key="message",
-                )
+                flaw = f"{record['file_name']}: annotation {annotation['id']} encloses no pixel"
+                log_first_n(logging.WARNING, flaw, key="message")
             placed[:] = transforms.apply_segmentation(mask.view(np.uint8))
         ids = [annotation["id"] for annotation in record["annotations"]]
         gt_masks = BitMasks(torch.from_numpy(masks))

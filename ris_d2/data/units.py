@@ -69,7 +69,7 @@ def build_units(records: Sequence[dict], unit: str, *, max_expressions: int = 8)
         for index, record in enumerate(records)
         for group in _groups(record, unit)
     ]
-    return Units(units, max_expressions=_limit(unit, max_expressions))
+    return Units(units, max_expressions=max_expressions if unit == "image" else 1)
 
 
 def draw_unit(
@@ -78,12 +78,13 @@ def draw_unit(
     """Draw one training unit within one image: the indices of its expressions.
 
     Raises:
-        ValueError: the record has no expressions, or see :func:`build_units`.
+        ValueError: the record has no expressions.
     """
     groups = _groups(record, unit)
     if not groups:
         raise ValueError(f"{record['file_name']}: an image without expressions is no training data")
-    return choose(groups[rng.integers(len(groups))], _limit(unit, max_expressions), rng)
+    limit = max_expressions if unit == "image" else 1
+    return choose(groups[rng.integers(len(groups))], limit, rng)
 
 
 def choose(expressions: tuple[int, ...], limit: int, rng: np.random.Generator) -> tuple[int, ...]:
@@ -143,7 +144,3 @@ def _groups(record: dict, unit: str) -> list[tuple[int, ...]]:
         key = {"sentence": index, "referent": expression["ref_id"], "image": None}[unit]
         groups.setdefault(key, []).append(index)
     return [tuple(group) for group in groups.values()]
-
-
-def _limit(unit: str, max_expressions: int) -> int:
-    return max_expressions if unit == "image" else 1
