@@ -4,13 +4,20 @@ python datasets/make_refshapes.py --root datasets/refshapes --train-images 2000 
 """
 
 import argparse
+import importlib.util
 import logging
+import sys
 import textwrap
 from dataclasses import fields
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+package = importlib.util.find_spec("ris_d2")
+if package and "ris_d2" not in sys.modules:
+    # Without its __init__: that takes seconds to import torch, which nothing here needs.
+    sys.modules["ris_d2"] = importlib.util.module_from_spec(package)
 
 from ris_d2.io import atomic_write
 from ris_d2.refshapes import SPLITS, Options, Scene, generate, polygon, render, write

@@ -8,7 +8,22 @@ are compared; what of it cannot be used is said in the next line.
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import NamedTuple
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+
+from _program import Parser, run
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--root", help="default: $DETECTRON2_DATASETS")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    parse()  # --help and mistakes are answered before the imports below, which take seconds
 
 from ris_d2.data.catalog import DATASETS, Dataset
 from ris_d2.data.records import Skipped
@@ -62,9 +77,7 @@ UNCONFIRMED = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", default=dataset_root(), help="default: $DETECTRON2_DATASETS")
-    root = parser.parse_args().root
+    root = parse().root or dataset_root()
     print(f"root: {os.path.abspath(root)}")
     problems = [problem for dataset in DATASETS for problem in check(dataset, root)]
     for problem in problems:
@@ -172,4 +185,4 @@ def _report_images(files_by_split: dict[str, set[str]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

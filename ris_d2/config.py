@@ -5,7 +5,7 @@ The keys of a method, of the backbones and of the text encoders: ``modeling/*/co
 
 import difflib
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode as CN
@@ -80,6 +80,15 @@ def load_config(
             nested = {name: nested}
         _merge(cfg, "command line", nested)
     register_from_config(cfg)
+    return cfg
+
+
+def with_values(cfg: CN, values: Mapping[str, Any]) -> CN:
+    """A frozen copy of ``cfg`` with other values of some keys, e.g. {"SOLVER.MAX_ITER": 100}."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.merge_from_list([word for pair in values.items() for word in pair])
+    cfg.freeze()
     return cfg
 
 
@@ -238,7 +247,9 @@ def _add_solver_keys(cfg: CN) -> None:
     # AdamW | Adam | Muon: orthogonal updates for the weights of linear layers and convolutions, AdamW
     # for all else; for training from scratch, the small models learn twice as fast.
     cfg.SOLVER.RIS.OPTIMIZER = "AdamW"
-    cfg.SOLVER.RIS.MATRIX_LR_FACTOR = 1.0  # Muon: rate of those weights, relative to that of all else
+    cfg.SOLVER.RIS.MATRIX_LR_FACTOR = (
+        1.0  # Muon: rate of those weights, relative to that of all else
+    )
     cfg.SOLVER.RIS.BETAS = (0.9, 0.999)
     cfg.SOLVER.RIS.EPS = 1e-8
     cfg.SOLVER.RIS.AMSGRAD = False

@@ -13,8 +13,11 @@ from PIL import Image
 from ris_d2.refshapes import write_tokenizer
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ["train_net.py", "datasets/make_ris_json.py", "tools/attention/main.py"] + sorted(
-    f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py") if not path.name.startswith("_")
+PROGRAMS = ["train_net.py", "tools/attention/main.py"] + sorted(
+    f"{folder}/{path.name}"
+    for folder in ("datasets", "tools")
+    for path in (ROOT / folder).glob("*.py")
+    if not path.name.startswith("_")
 )
 NO_TORCH = """
 import runpy, sys

@@ -7,12 +7,9 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.solver.build import build_lr_scheduler as build_stock_lr_scheduler
 from detectron2.solver.lr_scheduler import LRMultiplier, WarmupParamScheduler
-from fvcore.common.param_scheduler import (
-    CosineParamScheduler,
-    MultiStepParamScheduler,
-    ParamScheduler,
-    PolynomialDecayParamScheduler,
-)
+from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
+
+from ..config import with_values
 
 __all__ = ["build_lr_scheduler", "with_iterations"]
 
@@ -47,14 +44,13 @@ def with_iterations(cfg: CfgNode, units_per_epoch: int) -> CfgNode:
     def iterations(epochs: int) -> int:
         return math.ceil(epochs * units_per_epoch / solver.IMS_PER_BATCH)
 
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SOLVER.MAX_ITER = iterations(ris.EPOCHS)
-    cfg.SOLVER.STEPS = tuple(iterations(epochs) for epochs in ris.STEP_EPOCHS)
+    values = {
+        "SOLVER.MAX_ITER": iterations(ris.EPOCHS),
+        "SOLVER.STEPS": tuple(map(iterations, ris.STEP_EPOCHS)),
+    }
     if ris.WARMUP_EPOCHS:
-        cfg.SOLVER.WARMUP_ITERS = iterations(ris.WARMUP_EPOCHS)
-    cfg.freeze()
-    return cfg
+        values["SOLVER.WARMUP_ITERS"] = iterations(ris.WARMUP_EPOCHS)
+    return with_values(cfg, values)
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
@@ -78,32 +74,19 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMult
         if solver.RIS.SCHEDULE != "step":
             raise ValueError("set SOLVER.LR_SCHEDULER_NAME or SOLVER.RIS.SCHEDULE, not both")
         logger.info("Learning rate: detectron2's %s", solver.LR_SCHEDULER_NAME)
-        return build_stock_lr_scheduler(cfg, optimizer)
-    if solver.RIS.SCHEDULE == "step":
-        schedule = _steps(cfg)
-    elif solver.RIS.SCHEDULE == "cosine":
-        schedule = CosineParamScheduler(1.0, 0.0)
-    elif solver.RIS.SCHEDULE == "poly":
-        schedule = PolynomialDecayParamScheduler(1.0, solver.RIS.POLY_POWER)
-    else:
+    if solver.RIS.SCHEDULE == "poly":  # which detectron2 lacks
+        warmup = WarmupParamScheduler(
+            PolynomialDecayParamScheduler(1.0, solver.RIS.POLY_POWER),
+            solver.WARMUP_FACTOR,
+            min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
+            solver.WARMUP_METHOD,
+        )
+        return LRMultiplier(optimizer, warmup, solver.MAX_ITER)
+    stock = {"step": solver.LR_SCHEDULER_NAME, "cosine": "WarmupCosineLR"}
+    if solver.RIS.SCHEDULE not in stock:
         raise ValueError(
             f"SOLVER.RIS.SCHEDULE is {solver.RIS.SCHEDULE!r}, not step, cosine or poly"
         )
-    if solver.WARMUP_ITERS > 0:
-        length = min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0)
-        schedule = WarmupParamScheduler(
-            schedule, solver.WARMUP_FACTOR, length, solver.WARMUP_METHOD
-        )
-    return LRMultiplier(optimizer, schedule, solver.MAX_ITER)
-
-
-def _steps(cfg: CfgNode) -> ParamScheduler:
-    solver = cfg.SOLVER
-    steps = [step for step in solver.STEPS if step < solver.MAX_ITER]
-    if len(steps) < len(solver.STEPS):
-        logger.warning("SOLVER.STEPS %s reach past MAX_ITER %d", solver.STEPS, solver.MAX_ITER)
-    return MultiStepParamScheduler(
-        [solver.GAMMA**k for k in range(len(steps) + 1)],
-        milestones=steps,
-        num_updates=solver.MAX_ITER,
-    )
+    name = stock[solver.RIS.SCHEDULE]
+    cfg = with_values(cfg, {"SOLVER.LR_SCHEDULER_NAME": name})
+    return build_stock_lr_scheduler(cfg, optimizer)

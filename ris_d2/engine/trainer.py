@@ -18,6 +18,7 @@ from detectron2.utils.events import EventWriter, JSONWriter
 from torch import nn
 
 from ..checkpoint import RISCheckpointer
+from ..config import with_values
 from ..data.loader import build_test_loader, build_train_loader
 from ..evaluation import ReferringEvaluator
 from ..io import sweep_temporaries
@@ -49,7 +50,7 @@ class Trainer(DefaultTrainer):
         cfg = with_stock_keys(cfg)
         self._seed_is_free = cfg.SEED < 0
         if self._seed_is_free:
-            cfg = _with_seed(cfg, comm.shared_random_seed() % 2**31)
+            cfg = with_values(cfg, {"SEED": comm.shared_random_seed() % 2**31})
         # Epochs become iterations once the units are counted; the stock constructor, which would build
         # the loader a second time, gets this one. It scales batch and schedule by itself.
         scaled = self.auto_scale_workers(cfg, comm.get_world_size())
@@ -226,7 +227,7 @@ class Trainer(DefaultTrainer):
                 seed,
             )
             return
-        self.cfg = _with_seed(self.cfg, seed)
+        self.cfg = with_values(self.cfg, {"SEED": seed})
         self._step_seed.seed = seed
         self.data_loader.seed = seed
 
@@ -246,14 +247,6 @@ def _ddp_without_gpu() -> Iterator[None]:
         yield
     finally:
         defaults.create_ddp_model = stock
-
-
-def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SEED = seed
-    cfg.freeze()
-    return cfg
 
 
 def with_stock_keys(cfg: CfgNode) -> CfgNode:
@@ -285,11 +278,7 @@ def with_stock_keys(cfg: CfgNode) -> CfgNode:
     if not changes:
         return cfg
     logger.info("detectron2's SOLVER keys mean here: %s", changes)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.merge_from_list([word for pair in changes.items() for word in pair])
-    cfg.freeze()
-    return cfg
+    return with_values(cfg, changes)
 
 
 def _log_epochs(cfg: CfgNode, units_per_epoch: int) -> None:
