@@ -109,15 +109,12 @@ def load_json(path: str | os.PathLike) -> Any:
         try:
             return json.loads(data.decode("utf-8"))
         except json.JSONDecodeError as error:
-            raise UnreadableFile(
-                f"{path}: not valid JSON at line {error.lineno}, column {error.colno} "
-                f"({error.msg}; {len(data)} bytes in all); the file is truncated or damaged, "
-                "get it again"
+            raise ValueError(
+                f"not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}; "
+                f"{len(data)} bytes in all); the file is truncated or damaged, get it again"
             ) from error
         except UnicodeDecodeError as error:
-            raise UnreadableFile(
-                f"{path}: not UTF-8 text at byte {error.start}; not a JSON file"
-            ) from error
+            raise ValueError(f"not UTF-8 text at byte {error.start}; not a JSON file") from error
 
 
 def load_pickle(path: str | os.PathLike) -> Any:
@@ -138,17 +135,11 @@ def load_pickle(path: str | os.PathLike) -> Any:
         try:
             return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
         except _ForbiddenGlobal as error:
-            raise UnreadableFile(
-                f"{path}: the pickle asks for {error}, which is not plain data; nothing of it was "
-                "run"
+            raise ValueError(
+                f"the pickle asks for {error}, which is not plain data; nothing of it was run"
             ) from error
-        except (MemoryError, RecursionError):
-            raise
-        except Exception as error:  # damaged bytes can make the unpickler raise nearly anything
-            raise UnreadableFile(
-                f"{path}: not a readable pickle ({type(error).__name__}: "
-                f"{str(error)[:_QUOTED]}); the file is truncated or damaged, get it again"
-            ) from error
+        except ValueError as error:  # its text says nothing of a file
+            raise pickle.UnpicklingError(str(error)) from error
 
 
 @contextlib.contextmanager

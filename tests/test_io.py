@@ -159,7 +159,7 @@ def test_big_endian_numbers(tmp_path):
 def test_a_truncated_pickle_names_the_file(tmp_path):
     path = tmp_path / "a.p"
     path.write_bytes(pickle.dumps(list(range(1000)))[:-20])
-    with pytest.raises(ValueError, match=r"a\.p: not a readable pickle"):
+    with pytest.raises(ValueError, match=r"a\.p: not readable, truncated or damaged"):
         load_pickle(path)
 
 

@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -38,11 +37,13 @@ def read_weights(path: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such weight file")
     with reading(path):
         if path.endswith(".safetensors"):
-            content = _read_safetensors(path)
+            from safetensors.torch import load_file
+
+            content = load_file(path)
         elif path.endswith(".pkl"):
             content = _to_tensors(load_pickle(path), {})
         else:
-            if _is_archive(path):
+            if zipfile.is_zipfile(path):
                 _check_archive(path)
             content = _read_torch(path)
         if not isinstance(content, Mapping):
@@ -58,11 +59,6 @@ def file_hash(path: str | os.PathLike) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _is_archive(path: str) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 def _check_archive(path: str) -> None:
@@ -130,42 +126,26 @@ def is_whole(path: str | os.PathLike) -> bool:
         return False
 
 
-def _read_safetensors(path: str) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or damaged ({error}); get it again") from error
-
-
 def _read_torch(path: str) -> Any:
     try:
         with torch.serialization.safe_globals(_PLAIN_GLOBALS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # damaged bytes can make the unpickler raise nearly anything
         forbidden = re.search(r"(?:GLOBAL|global|class) (\S+) was not an allowed", str(error))
         if forbidden:
             raise ValueError(
                 f"{path}: holds Python objects ({forbidden[1]}), which are not run; if you trust "
                 "the file, save its tensors alone: torch.save({'model': state_dict}, path)"
             ) from error
-        raise _damaged(path, error) from error
-    except (MemoryError, OSError):
-        raise
-    except Exception as error:  # damaged bytes can make the unpickler raise nearly anything
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: str, error: Exception) -> ValueError:
-    # Before that mark, torch advises to read the file without any protection.
-    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-    reason = (text or type(error).__name__).splitlines()[0]
-    return ValueError(
-        f"{path} ({os.path.getsize(path)} bytes): no readable torch file, truncated or of another "
-        f"format ({reason})"
-    )
+        # Before that mark, torch advises to read the file without any protection.
+        text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+        reason = (text or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"{path} ({os.path.getsize(path)} bytes): no readable torch file, truncated or of "
+            f"another format ({reason})"
+        ) from error
 
 
 def _to_tensors(value: Any, done: dict[int, Any]) -> Any:
