@@ -21,7 +21,7 @@ from .io import atomic_write
 TARGET_COLOR = (0, 114, 178)
 PREDICTION_COLOR = (230, 110, 0)
 
-_GAP, _FONT, _LINE, _LETTER = 12, 12, 16, 7.2  # pixels; the last is the width of an average letter
+_GAP, _FONT, _LINE, _LETTER = 12, 14, 18, 8.3  # pixels; the last is the width of an average letter
 
 
 def overlay(
@@ -108,7 +108,8 @@ def _answer(
     cell: int,
 ) -> np.ndarray | tuple[np.ndarray, str]:
     if mask is None or not np.any(mask):
-        return np.full_like(image, 245), nothing if mask is None else "empty mask"
+        tint = (235 + 0.08 * np.array(color)).astype(np.uint8)
+        return np.broadcast_to(tint, image.shape), nothing if mask is None else "empty mask"
     # A contour of 2 pixels of the sheet, whether the image is drawn larger or smaller.
     scale = max(1.0, cell / image.shape[1])
     image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)

@@ -6,7 +6,8 @@
 Each cell with each seed is one run of train_net.py in a process of its own, in
 OUTPUT/runs/CELL/seedN. Run it again and it goes on: finished runs (they have a run.json) are kept,
 stopped and failed ones resume from their last checkpoint, and a run whose settings have changed is
-deleted and starts anew. The page, docs/studies/NAME.md, is written anew after each run.
+deleted and starts anew. The page, docs/studies/NAME.md, is written anew after each run. On a cluster,
+make each run a job of its own: --only CELL --seed N.
 
 A study file has
 
@@ -318,11 +319,14 @@ def _execute(
 ) -> list[str]:
     """Train what is not finished; return the names of the runs that failed."""
     failed = []
-    with claim(args.output):
+    # Chosen runs may be trained beside others of the study: each claims its own folder.
+    chosen = args.only or args.seed
+    with contextlib.nullcontext() if chosen else claim(args.output):
         if study.refshapes:
             root = os.path.join(args.output, "datasets", "refshapes")
             print(f"RefShapes in {root}", flush=True)
-            refshapes.write(root, *_scenes(study))
+            with claim(os.path.dirname(root), patience=3600):
+                refshapes.write(root, *_scenes(study))
         wanted = [run for run in runs if run.cell in (args.only or study.cells)]
         wanted = [run for run in wanted if run.seed in (args.seed or study.seeds)]
         with contextlib.closing(follow(_unfinished(wanted), at_once=args.jobs)) as ended:

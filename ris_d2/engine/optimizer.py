@@ -98,7 +98,7 @@ def parameter_groups(
     weight_decay: float,
     weight_decay_norm: float = 0.0,
     weight_decay_bias: float = 0.0,
-    lr_factors: Iterable[tuple[str, float]] = (),
+    lr_factors: Sequence[tuple[str, float]] = (),
     no_decay: Sequence[str] = (),
     bias_lr_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
@@ -122,22 +122,16 @@ def parameter_groups(
         ValueError: a regex is found in no parameter's name (frozen ones count), is malformed, or no
             parameter is trainable.
     """
-    lr_factors = [(_compile(pattern), float(factor)) for pattern, factor in lr_factors]
-    no_decay = [_compile(pattern) for pattern in no_decay]
-    _check_found(model, [pattern for pattern, _ in lr_factors], "SOLVER.RIS.LR_FACTORS")
-    _check_found(model, no_decay, "SOLVER.RIS.NO_DECAY")
-
-    norms = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, _NORMS)
-        for parameter in module.parameters(recurse=False)
-    }
+    patterns, factors = zip(*lr_factors) if lr_factors else ((), ())
+    patterns = _patterns(model, patterns, "SOLVER.RIS.LR_FACTORS")
+    no_decay = _patterns(model, no_decay, "SOLVER.RIS.NO_DECAY")
+    modules = [module for module in model.modules() if isinstance(module, _NORMS)]
+    norms = {id(p) for module in modules for p in module.parameters(recurse=False)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor = next((f for pattern, f in lr_factors if pattern.search(name)), 1.0)
+        factor = next((float(f) for p, f in zip(patterns, factors) if p.search(name)), 1.0)
         if name.rpartition(".")[2] == "bias":
             factor *= bias_lr_factor
         if any(pattern.search(name) for pattern in no_decay):
@@ -157,21 +151,20 @@ def parameter_groups(
     ]
 
 
-def _compile(pattern: str) -> re.Pattern:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-
-
-def _check_found(model: nn.Module, patterns: Iterable[re.Pattern], key: str) -> None:
-    names = [name for name, _ in model.named_parameters()]
+def _patterns(model: nn.Module, patterns: Iterable[str], key: str) -> list[re.Pattern]:
+    """Compile regexes, each of which must be found in the name of some parameter."""
+    names, compiled = [name for name, _ in model.named_parameters()], []
     for pattern in patterns:
-        if not any(pattern.search(name) for name in names):
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise ValueError(f"{key}: {pattern!r} is no regular expression: {error}") from error
+        if not any(compiled[-1].search(name) for name in names):
             raise ValueError(
-                f"{key}: {pattern.pattern!r} is found in no parameter's name; names look like "
+                f"{key}: {pattern!r} is found in no parameter's name; names look like "
                 f"{', '.join(names[:: max(1, len(names) // 4)][:4])}"
             )
+    return compiled
 
 
 def _log_groups(optimizer: str, groups: Sequence[dict[str, Any]]) -> None:

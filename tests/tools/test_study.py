@@ -189,14 +189,23 @@ def test_a_run_without_results_is_no_finished_one(study, files, tmp_path, monkey
     assert "results.json" in printed and "training failed (ended by SIGKILL)" in printed
 
 
+def _is_free(file):  # another process has claimed the output, but not its datasets
+    return "datasets" in file.name
+
+
 def test_two_commands_do_not_work_on_one_output(study, files, train, tmp_path, monkeypatch):
-    monkeypatch.setattr("ris_d2.engine.distributed._lock", lambda file: False)  # another process has it
+    monkeypatch.setattr("ris_d2.engine.distributed._lock", _is_free)
     monkeypatch.setattr(study, "claim", partial(study.claim, patience=0))
     page = ["--report", str(tmp_path / "page.md")]
     with pytest.raises(BlockingIOError, match="another training is at work in .*out"):
         study.main([files(), "--output", str(tmp_path / "out"), *page])
     assert not train.commands
     study.main([files(), "--output", str(tmp_path / "out"), *page, "--report-only"])
+    monkeypatch.setattr(_follow, "start", lambda training: train.commands.append(1) or Ended(0))
+    monkeypatch.setattr(study.Run, "finish", lambda run: None)
+    one = ["--only", "wide", "--seed", "2"]  # as a job of a cluster, beside others
+    study.main([files(), "--output", str(tmp_path / "out"), *page, *one])
+    assert len(train.commands) == 1
 
 
 def test_several_at_a_time(study, files, tmp_path, monkeypatch):
