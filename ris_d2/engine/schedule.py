@@ -87,6 +87,9 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMult
         raise ValueError(
             f"SOLVER.RIS.SCHEDULE is {solver.RIS.SCHEDULE!r}, not step, cosine or poly"
         )
-    name = stock[solver.RIS.SCHEDULE]
-    cfg = with_values(cfg, {"SOLVER.LR_SCHEDULER_NAME": name})
-    return build_stock_lr_scheduler(cfg, optimizer)
+    # detectron2 leaves out the steps past MAX_ITER, and stumbles over one at MAX_ITER.
+    steps = tuple(step for step in solver.STEPS if step < solver.MAX_ITER)
+    if len(steps) < len(solver.STEPS):
+        logger.warning("SOLVER.STEPS %s reach past MAX_ITER %d", solver.STEPS, solver.MAX_ITER)
+    values = {"SOLVER.LR_SCHEDULER_NAME": stock[solver.RIS.SCHEDULE], "SOLVER.STEPS": steps}
+    return build_stock_lr_scheduler(with_values(cfg, values), optimizer)

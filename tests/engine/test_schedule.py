@@ -32,6 +32,7 @@ def test_step():
 
 def test_steps_past_the_end_are_left_out():
     assert rates(STEPS=(4, 30000)) == [1.0] * 4 + [0.5] * 6
+    assert rates(STEPS=(4, 10)) == [1.0] * 4 + [0.5] * 6, "MAX_ITER is 10"
 
 
 def test_cosine():
