@@ -1,5 +1,7 @@
 """Mask losses that more than one method uses. All return one value per expression, in fp32."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,6 +34,28 @@ def mask_dice(logits: Tensor, targets: Tensor, *, smooth: float = 1.0) -> Tensor
     probabilities, targets = logits.float().sigmoid().flatten(1), targets.float().flatten(1)
     overlap = (probabilities * targets).sum(1)
     return 1 - (2 * overlap + smooth) / (probabilities.sum(1) + targets.sum(1) + smooth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FocalAndDice:
+    """The loss of ASDA and RISAM, logits (E, H, W), targets (E, H, W) in [0, 1] -> name -> (E,).
+
+    Attributes:
+        focal_weight, dice_weight: of the two terms.
+        focal_alpha, focal_gamma: see ``mask_focal``.
+        dice_smooth: see ``mask_dice``.
+    """
+
+    focal_weight: float
+    dice_weight: float
+    focal_gamma: float
+    focal_alpha: float = -1.0
+    dice_smooth: float = 1.0
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        focal = mask_focal(logits, targets, alpha=self.focal_alpha, gamma=self.focal_gamma)
+        dice = mask_dice(logits, targets, smooth=self.dice_smooth)
+        return {"loss_focal": self.focal_weight * focal, "loss_dice": self.dice_weight * dice}
 
 
 def mean_over_processes(count: float, device: torch.device) -> float | Tensor:

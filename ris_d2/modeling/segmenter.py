@@ -12,14 +12,13 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from .layers import ExistenceHead, resize_maps
+from .options import arguments, check_choice
 from .losses import mean_over_processes
 from .postprocessing import MASK_ORDERS, NO_TARGET_RULES, restore_masks, says_nothing
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_FREEZE = ("eval", "train", "none")
-_TARGET_RESIZING = ("area", "nearest")
 
 
 class ReferringSegmenter(nn.Module):
@@ -82,32 +81,24 @@ class ReferringSegmenter(nn.Module):
                 frozen part.
         """
         super().__init__()
-        for key, value, known in (
-            ("PRECISION", precision, tuple(_DTYPES)),
-            ("NO_TARGET", no_target, NO_TARGET_RULES),
-            ("MASK_ORDER", mask_order, MASK_ORDERS),
-            ("TARGET_RESIZING", target_resizing, _TARGET_RESIZING),
-        ):
-            if value not in known:
-                raise ValueError(f"MODEL.RIS.{key} is {value!r}, not one of {known}")
+        check_choice("MODEL.RIS.PRECISION", precision, _DTYPES)
+        check_choice("MODEL.RIS.NO_TARGET", no_target, NO_TARGET_RULES)
+        check_choice("MODEL.RIS.MASK_ORDER", mask_order, MASK_ORDERS)
+        check_choice("MODEL.RIS.TARGET_RESIZING", target_resizing, ("area", "nearest"))
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self.input_size = tuple(input_size)
         self.precision = precision
         for part, mode in (freeze or {}).items():
-            if mode not in _FREEZE:
-                raise ValueError(f"MODEL.RIS.FREEZE.{part} is {mode!r}, not one of {_FREEZE}")
+            check_choice(f"MODEL.RIS.FREEZE.{part}", mode, ("eval", "train", "none"))
         self.freeze = {part: mode for part, mode in (freeze or {}).items() if mode != "none"}
         self.no_target = no_target
         has_head = no_target == "head" and sentence_dim is not None
         self.existence_head = ExistenceHead(dim=sentence_dim) if has_head else None
-        self.existence_weight = existence_weight
-        self.existence_threshold = existence_threshold
-        self.min_area = min_area
-        self.mask_threshold = mask_threshold
-        self.mask_order = mask_order
+        self.existence_weight, self.existence_threshold = existence_weight, existence_threshold
+        self.mask_threshold, self.mask_order = mask_threshold, mask_order
         self.target_resizing = target_resizing
-        self.max_expressions = max_expressions
+        self.min_area, self.max_expressions = min_area, max_expressions
         self.to_be_applied = set(to_be_applied)
 
     @classmethod
@@ -116,19 +107,13 @@ class ReferringSegmenter(nn.Module):
         ris = cfg.MODEL.RIS
         return {
             "to_be_applied": ["SOLVER.RIS"] + ["MODEL.INIT"] * bool(cfg.MODEL.INIT),
-            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-            "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_size": cfg.INPUT.RIS.SIZE,
-            "precision": ris.PRECISION,
             "freeze": ris.FREEZE,
-            "no_target": ris.NO_TARGET,
-            "existence_weight": ris.EXISTENCE_WEIGHT,
-            "existence_threshold": ris.EXISTENCE_THRESHOLD,
             "min_area": cfg.TEST.NO_TARGET_MIN_AREA,
-            "mask_threshold": ris.MASK_THRESHOLD,
-            "mask_order": ris.MASK_ORDER,
-            "target_resizing": ris.TARGET_RESIZING,
             "max_expressions": cfg.TEST.MAX_EXPRESSIONS,
+            **arguments(cfg.MODEL, "PIXEL_MEAN", "PIXEL_STD"),
+            **arguments(ris, "PRECISION", "NO_TARGET", "EXISTENCE_WEIGHT", "EXISTENCE_THRESHOLD"),
+            **arguments(ris, "MASK_THRESHOLD", "MASK_ORDER", "TARGET_RESIZING"),
         }
 
     # The hooks of a method.

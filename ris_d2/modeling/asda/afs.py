@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..options import check_choice
+
 
 class Selected(NamedTuple):
     """One level's feature maps, and which of them each expression has chosen.
@@ -46,10 +48,7 @@ class AdaptiveFeatureSelection(nn.Module):
             ValueError: for an unknown mode.
         """
         super().__init__()
-        if mode not in ("hard", "straight_through", "soft"):
-            raise ValueError(
-                f"MODEL.ASDA.SELECTION.MODE is {mode!r}, not hard, straight_through or soft"
-            )
+        check_choice("MODEL.ASDA.SELECTION.MODE", mode, ("hard", "straight_through", "soft"))
         self.levels = {name: tuple(layers) for name, layers in levels.items()}
         self.mode = mode
         for name, layers in self.levels.items():

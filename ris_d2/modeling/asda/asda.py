@@ -10,7 +10,8 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from ..backbone import RISCLIPViT, backbone_class
-from ..losses import mask_dice, mask_focal
+from ..losses import FocalAndDice
+from ..options import arguments, check_choice
 from ..segmenter import ReferringSegmenter
 from ..text import RISCLIPText, build_text_encoder
 from .afs import AdaptiveFeatureSelection, Selected
@@ -61,10 +62,7 @@ class ASDA(ReferringSegmenter):
         coefficients: CoefficientGenerator | None,
         layerwise_text: bool,
         sigmoid_responses: bool,
-        dice_weight: float,
-        focal_weight: float,
-        focal_alpha: float,
-        focal_gamma: float,
+        loss: FocalAndDice,
         **segmenter: Any,
     ):
         """
@@ -76,7 +74,6 @@ class ASDA(ReferringSegmenter):
             layerwise_text: compare the [CLS] of a layer with the sentence in the same layer of the
                 text encoder, as released, instead of with f_E.
             sigmoid_responses: response masks through a sigmoid (Eq. 7) instead of a ReLU.
-            focal_alpha, focal_gamma: see ``mask_focal``.
             segmenter: see ReferringSegmenter.
         """
         super().__init__(**segmenter)
@@ -93,8 +90,7 @@ class ASDA(ReferringSegmenter):
         self.coefficients = coefficients
         self.layerwise_text = layerwise_text
         self.sigmoid_responses = sigmoid_responses
-        self.dice_weight, self.focal_weight = dice_weight, focal_weight
-        self.focal_alpha, self.focal_gamma = focal_alpha, focal_gamma
+        self.loss = loss
         # Convolutions make up most of the work, and are faster in this memory format.
         for part in (projection, aggregator, decoder, coefficients):
             if part is not None:
@@ -107,17 +103,9 @@ class ASDA(ReferringSegmenter):
         norm = Norm(name=asda.NORM, momentum=asda.NORM_MOMENTUM)
         _check(cfg, vision.depth, text.depth)
         levels = {"low": asda.SELECTION.LOW_LAYERS, "mid": asda.SELECTION.MID_LAYERS}
-        attention = {
-            "dim": asda.DIM,
-            "num_heads": asda.NUM_HEADS,
-            "dropout": asda.DROPOUT,
-            "pre_norm": asda.PRE_NORM,
-        }
         dual = asda.ALIGNER == "dual"
         num_masks = asda.NUM_MASKS if dual else 1
-        return {
-            **super().from_config(cfg),
-            "sentence_dim": asda.DIM + text.dim,
+        parts: dict[str, Any] = {
             "vision": vision,
             "text": text,
             "projection": ConvBlock(vision.dim, vision.dim, kernel=1, norm=norm),
@@ -132,42 +120,29 @@ class ASDA(ReferringSegmenter):
             "aggregator": build_aggregator(
                 asda.AGGREGATOR, vision_dim=vision.dim, dim=asda.DIM, norm=norm
             ),
-            "attention": (
-                None
-                if asda.ALIGNER == "none"
-                else LocalVisualAttention(
-                    **attention, num_layers=asda.ATTENTION_LAYERS, grid=vision.grid
-                )
-            ),
-            "word_attention": (
-                None
-                if asda.ALIGNER == "none"
-                else WordGuidedAttention(**attention, text_dim=text.dim)
-            ),
-            "decoder": SegmentationDecoder(
-                dim=asda.DIM,
-                num_masks=num_masks,
-                form=asda.DECODER,
-                phases=asda.UPSAMPLING == "phases",
-                norm=norm,
-            ),
-            "coefficients": (
-                CoefficientGenerator(
-                    dim=asda.DIM,
-                    num_masks=num_masks,
-                    grid=vision.grid,
-                    last_kernel=asda.COEFFICIENT_KERNEL,
-                    norm=norm,
-                )
-                if dual
-                else None
-            ),
+            **dict.fromkeys(("attention", "word_attention", "coefficients")),
+        }
+        if asda.ALIGNER != "none":
+            common = arguments(asda, "DIM", "NUM_HEADS", "DROPOUT", "PRE_NORM")
+            parts["attention"] = LocalVisualAttention(
+                **common, num_layers=asda.ATTENTION_LAYERS, grid=vision.grid
+            )
+            parts["word_attention"] = WordGuidedAttention(**common, text_dim=text.dim)
+        common = {"dim": asda.DIM, "num_masks": num_masks, "norm": norm}
+        parts["decoder"] = SegmentationDecoder(**common, form=asda.DECODER)
+        if dual:
+            parts["coefficients"] = CoefficientGenerator(
+                **common, grid=vision.grid, last_kernel=asda.COEFFICIENT_KERNEL
+            )
+        return {
+            **super().from_config(cfg),
+            **parts,
+            "sentence_dim": asda.DIM + text.dim,
             "layerwise_text": asda.SELECTION.TEXT == "layer",
             "sigmoid_responses": asda.RESPONSES == "sigmoid",
-            "dice_weight": asda.DICE_WEIGHT,
-            "focal_weight": asda.FOCAL_WEIGHT,
-            "focal_alpha": asda.FOCAL_ALPHA,
-            "focal_gamma": asda.FOCAL_GAMMA,
+            "loss": FocalAndDice(
+                **arguments(asda, "FOCAL_WEIGHT", "FOCAL_ALPHA", "FOCAL_GAMMA", "DICE_WEIGHT")
+            ),
         }
 
     def encode_images(self, images: Tensor, views: dict[str, Tensor]) -> ImageFeatures:
@@ -245,11 +220,7 @@ class ASDA(ReferringSegmenter):
     def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
         logits = outputs["mask_logits"]
         masks = self.shrink_targets(masks, logits.shape[-2:])
-        focal = mask_focal(logits, masks, alpha=self.focal_alpha, gamma=self.focal_gamma)
-        return {
-            "loss_dice": self.dice_weight * mask_dice(logits, masks),
-            "loss_focal": self.focal_weight * focal,
-        }
+        return self.loss(logits, masks)
 
 
 def _evidence(features: Tensor, sentence: Tensor) -> Tensor:
@@ -271,11 +242,9 @@ def _check(cfg: CfgNode, vision_depth: int, text_depth: int) -> None:
     for key, value, known in (
         ("ALIGNER", asda.ALIGNER, ("dual", "single", "none")),
         ("RESPONSES", asda.RESPONSES, ("relu", "sigmoid")),
-        ("UPSAMPLING", asda.UPSAMPLING, ("direct", "phases")),
         ("SELECTION.TEXT", asda.SELECTION.TEXT, ("layer", "final")),
     ):
-        if value not in known:
-            raise ValueError(f"MODEL.ASDA.{key} is {value!r}, not one of {known}")
+        check_choice(f"MODEL.ASDA.{key}", value, known)
     layerwise = asda.SELECTION.TEXT == "layer"
     depth = min(vision_depth, text_depth) if layerwise else vision_depth
     for key in ("LOW_LAYERS", "MID_LAYERS"):

@@ -38,9 +38,6 @@ def add_asda_config(cfg: CN) -> None:
     cfg.MODEL.ASDA.PRE_NORM = False  # LayerNorm after the sums (released) or before (Eq. 6, 8)
     # released (2 + 3 convolutions, the last one 3x3) | paper (3 convolutions, the last one 1x1).
     cfg.MODEL.ASDA.DECODER = "released"
-    # Its upsampling convolutions: direct (as released) | phases (the same masks up to rounding, from
-    # fewer multiply-adds: 162 instead of 181 G for the whole model).
-    cfg.MODEL.ASDA.UPSAMPLING = "direct"
     cfg.MODEL.ASDA.NUM_MASKS = 32  # N_c (Table 4)
     cfg.MODEL.ASDA.RESPONSES = "relu"  # of response masks M': relu (released) | sigmoid (Eq. 7)
     cfg.MODEL.ASDA.COEFFICIENT_KERNEL = 3  # third convolution of Phi_coef: 3 released, 1 paper

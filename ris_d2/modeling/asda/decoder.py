@@ -2,32 +2,31 @@
 
 from torch import Tensor, nn
 
+from ..options import check_choice
 from .blocks import ConvBlock, Norm, UpsamplingBlock
 
 
 class SegmentationDecoder(nn.Module):
     """F_A to response masks at 8 times its resolution."""
 
-    def __init__(self, *, dim: int, num_masks: int, form: str, phases: bool, norm: Norm):
+    def __init__(self, *, dim: int, num_masks: int, form: str, norm: Norm):
         """
         Args:
             num_masks: N_c.
             form: released (two convolutions, three times x2 and convolution, a 3x3 convolution) or
                 paper (without the first two, and the last one 1x1).
-            phases: see ``UpsamplingBlock``.
 
         Raises:
             ValueError: for an unknown form.
         """
         super().__init__()
-        if form not in ("released", "paper"):
-            raise ValueError(f"MODEL.ASDA.DECODER is {form!r}, not released or paper")
+        check_choice("MODEL.ASDA.DECODER", form, ("released", "paper"))
         half = dim // 2
         first = [(dim, half), (half, half)] if form == "released" else []
         self.convs = nn.Sequential(*(ConvBlock(a, b, kernel=3, norm=norm) for a, b in first))
         inner = half if first else dim
         self.upsampling = nn.Sequential(
-            *(UpsamplingBlock(a, half, phases=phases, norm=norm) for a in (inner, half, half))
+            *(UpsamplingBlock(a, half, norm=norm) for a in (inner, half, half))
         )
         kernel = 3 if form == "released" else 1
         self.out = nn.Conv2d(half, num_masks, kernel, padding=kernel // 2)

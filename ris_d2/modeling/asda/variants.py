@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..options import check_choice
 from .afs import Selected
 from .blocks import ConvBlock, Norm
 from .sfa import ScaleWiseAggregator
@@ -21,20 +22,19 @@ def build_network(name: str, *, dim: int, candidates: int) -> nn.Module:
         ValueError: for an unknown name.
     """
     wide = candidates * dim
+    check_choice("MODEL.ASDA.SELECTION.NETWORK", name, ("linear", "concat", "conv", "mlp"))
     if name == "linear":
         return nn.Sequential(nn.Linear(dim, 1, bias=False), nn.Flatten())
     if name == "concat":
         return nn.Sequential(nn.Flatten(), nn.Linear(wide, candidates))
     if name == "conv":
         return CandidateConv(dim=dim)
-    if name == "mlp":
-        return nn.Sequential(
-            nn.Flatten(),
-            *(nn.Linear(wide, 1024), nn.ReLU()),
-            *(nn.Linear(1024, 256), nn.ReLU()),
-            nn.Linear(256, candidates),
-        )
-    raise ValueError(f"MODEL.ASDA.SELECTION.NETWORK is {name!r}, not linear, concat, conv or mlp")
+    return nn.Sequential(
+        nn.Flatten(),
+        *(nn.Linear(wide, 1024), nn.ReLU()),
+        *(nn.Linear(1024, 256), nn.ReLU()),
+        nn.Linear(256, candidates),
+    )
 
 
 class CandidateConv(nn.Module):
@@ -55,13 +55,10 @@ def build_aggregator(name: str, *, vision_dim: int, dim: int, norm: Norm) -> nn.
     Raises:
         ValueError: for an unknown name.
     """
+    kinds = {"released": ScaleWiseAggregator, "concat": ConcatAggregator, "none": TopOnly}
+    check_choice("MODEL.ASDA.AGGREGATOR", name, (*kinds, "paper"))
     if name == "paper":
         return DownscaleAggregator(vision_dim=vision_dim, dim=dim)
-    kinds = {"released": ScaleWiseAggregator, "concat": ConcatAggregator, "none": TopOnly}
-    if name not in kinds:
-        raise ValueError(
-            f"MODEL.ASDA.AGGREGATOR is {name!r}, not one of {sorted((*kinds, 'paper'))}"
-        )
     return kinds[name](vision_dim=vision_dim, dim=dim, norm=norm)
 
 

@@ -4,7 +4,6 @@ Vision tokens go through the A weights, text tokens through the B weights of eve
 attention itself is joint. Parameter names are those of the released checkpoints without ``beit3.``.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..layers.attention import drop_path_scale
 from ..layers.multiway import ModalityPair, Streams, join, split, visible_tokens
-from ..layers.stem import conv_stem
+from ..layers.position import resize_position_table
+from ..layers.stem import build_stem, patch_grid
+from ..options import arguments, check_choice
 
 LAYER_NORM_EPS = 1e-5
 # Rows 0 and 1 of both position tables are never read (a heritage of fairseq's padding index).
@@ -34,12 +35,12 @@ class Attention(nn.Module):
             setattr(self, name, ModalityPair(lambda: nn.Linear(dim, dim)))
         self.inner_attn_ln = ModalityPair(lambda: nn.LayerNorm(dim, eps=LAYER_NORM_EPS))
 
-    def forward(self, streams: Streams, keep: Tensor | None) -> Streams:
-        """``keep``: bool (B, 1, 1, k+T), True where a key may be attended; None = everywhere."""
+    def forward(self, streams: Streams, attn_mask: Tensor | None) -> Streams:
+        """``attn_mask``: bool (B, 1, 1, k+T), True where a key may be attended; None = everywhere."""
         q, k, v = (
             self._heads(project(streams)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        joint = F.scaled_dot_product_attention(q, k, v, keep).transpose(1, 2).flatten(2)
+        joint = F.scaled_dot_product_attention(q, k, v, attn_mask).transpose(1, 2).flatten(2)
         return self.out_proj(self.inner_attn_ln(split(joint, streams)))
 
     def _heads(self, streams: Streams) -> Tensor:
@@ -47,11 +48,11 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, *, dim: int, hidden_dim: int):
+    def __init__(self, *, dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.ffn_layernorm = nn.LayerNorm(hidden_dim, eps=LAYER_NORM_EPS)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.ffn_layernorm = nn.LayerNorm(4 * dim, eps=LAYER_NORM_EPS)
+        self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
@@ -60,17 +61,19 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     """Pre-norm layer; the released names call the norm before the FFN ``final_layer_norm``."""
 
-    def __init__(self, *, dim: int, num_heads: int, hidden_dim: int, drop_path: float):
+    def __init__(self, *, dim: int, num_heads: int, drop_path: float):
         super().__init__()
         self.drop_path = drop_path
         self.self_attn_layer_norm = ModalityPair(lambda: nn.LayerNorm(dim, eps=LAYER_NORM_EPS))
         self.self_attn = Attention(dim=dim, num_heads=num_heads)
         self.final_layer_norm = ModalityPair(lambda: nn.LayerNorm(dim, eps=LAYER_NORM_EPS))
-        self.ffn = ModalityPair(lambda: FeedForward(dim=dim, hidden_dim=hidden_dim))
+        self.ffn = ModalityPair(lambda: FeedForward(dim=dim))
 
-    def forward(self, vision: Tensor | None, text: Tensor | None, keep: Tensor | None) -> Streams:
+    def forward(
+        self, vision: Tensor | None, text: Tensor | None, attn_mask: Tensor | None
+    ) -> Streams:
         streams = (vision, text)
-        update = self.self_attn(self.self_attn_layer_norm(streams), keep)
+        update = self.self_attn(self.self_attn_layer_norm(streams), attn_mask)
         streams = self._add(streams, update)
         return self._add(streams, self.ffn(self.final_layer_norm(streams)))
 
@@ -91,7 +94,6 @@ class Encoder(nn.Module):
         dim: int,
         depth: int,
         num_heads: int,
-        hidden_dim: int,
         num_patches: int,
         max_text_positions: int,
         drop_path: float,
@@ -105,18 +107,12 @@ class Encoder(nn.Module):
             }
         )
         self.layers = nn.ModuleList(
-            EncoderLayer(
-                dim=dim,
-                num_heads=num_heads,
-                hidden_dim=hidden_dim,
-                drop_path=drop_path * i / max(depth - 1, 1),
-            )
+            EncoderLayer(dim=dim, num_heads=num_heads, drop_path=drop_path * i / max(depth - 1, 1))
             for i in range(depth)
         )
+        self.layer_norm = None
         if final_norm:
             self.layer_norm = ModalityPair(lambda: nn.LayerNorm(dim, eps=LAYER_NORM_EPS))
-        else:
-            self.layer_norm = None
 
     def positions(self, modality: str, length: int) -> Tensor:
         """(length, dim): the rows that the first ``length`` tokens of a modality add."""
@@ -130,12 +126,7 @@ class VisionEmbedding(nn.Module):
     def __init__(self, *, dim: int, patch_size: int, stem: str):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        if stem == "patch":
-            self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
-        elif stem == "conv":
-            self.proj = conv_stem(dim=dim, patch_size=patch_size)
-        else:
-            raise ValueError(f"MODEL.RIS.BEIT3.STEM is {stem!r}, not patch or conv")
+        self.proj = build_stem("MODEL.RIS.BEIT3.STEM", stem, dim=dim, patch_size=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 1 + (H/p)(W/p), dim)"""
@@ -162,7 +153,6 @@ class RISBEiT3(Backbone):
         embed_dim: int = 768,
         depth: int = 12,
         num_heads: int = 12,
-        mlp_ratio: int = 4,
         vocab_size: int = 64010,
         max_text_positions: int = 1024,
         drop_path: float = 0.0,
@@ -182,11 +172,7 @@ class RISBEiT3(Backbone):
             ValueError: if the image size is not a multiple of the patch size, or for an unknown stem or init.
         """
         super().__init__()
-        if image_size[0] % patch_size or image_size[1] % patch_size:
-            raise ValueError(
-                f"image size {image_size} is not a multiple of patch size {patch_size}"
-            )
-        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.grid = patch_grid(image_size, patch_size)
         self.image_size, self.patch_size = tuple(image_size), patch_size
         self.embed_dim, self.depth, self.vocab_size = embed_dim, depth, vocab_size
         self.checkpointing = checkpointing
@@ -196,33 +182,18 @@ class RISBEiT3(Backbone):
             dim=embed_dim,
             depth=depth,
             num_heads=num_heads,
-            hidden_dim=mlp_ratio * embed_dim,
             num_patches=self.grid[0] * self.grid[1],
             max_text_positions=max_text_positions,
             drop_path=drop_path,
             final_norm=final_norm,
         )
-        if init not in _INITS:
-            raise ValueError(f"MODEL.RIS.BEIT3.INIT is {init!r}, not one of {sorted(_INITS)}")
+        check_choice("MODEL.RIS.BEIT3.INIT", init, _INITS)
         self.apply(_INITS[init])
         nn.init.trunc_normal_(self.vision_embed.cls_token, std=0.02)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict:
-        beit3 = cfg.MODEL.RIS.BEIT3
-        return {
-            "image_size": cfg.INPUT.RIS.SIZE,
-            "patch_size": beit3.PATCH_SIZE,
-            "stem": beit3.STEM,
-            "init": beit3.INIT,
-            "embed_dim": beit3.EMBED_DIM,
-            "depth": beit3.DEPTH,
-            "num_heads": beit3.NUM_HEADS,
-            "mlp_ratio": beit3.MLP_RATIO,
-            "vocab_size": beit3.VOCAB_SIZE,
-            "drop_path": beit3.DROP_PATH,
-            "checkpointing": beit3.CHECKPOINTING,
-        }
+        return {"image_size": cfg.INPUT.RIS.SIZE, **arguments(cfg.MODEL.RIS.BEIT3)}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Vision only: (B, 3, H, W) -> {"last": (B, d, H/p, W/p)}."""
@@ -268,14 +239,14 @@ class RISBEiT3(Backbone):
             layer -> (vision, text) residual streams, before ``encoder.layer_norm``.
         """
         states, streams = {}, (vision, text)
-        keep = visible_tokens(streams, text_mask)
-        if keep is not None:
-            keep = keep[:, None, None, :]
+        attn_mask = visible_tokens(streams, text_mask)
+        if attn_mask is not None:
+            attn_mask = attn_mask[:, None, None, :]
         for number, layer in enumerate(self.encoder.layers, 1):
             if self.checkpointing and self.training:
-                streams = checkpoint(layer, *streams, keep, use_reentrant=False)
+                streams = checkpoint(layer, *streams, attn_mask, use_reentrant=False)
             else:
-                streams = layer(*streams, keep)
+                streams = layer(*streams, attn_mask)
             if number in taps or number == self.depth:
                 states[number] = streams
         return states
@@ -315,12 +286,7 @@ class RISBEiT3(Backbone):
         special = FIRST_POSITION + 1  # two unused rows and [CLS]
         if table is None or len(table) == special + self.grid[0] * self.grid[1]:
             return state_dict, []
-        side = math.isqrt(len(table) - special)
-        if side * side != len(table) - special:
-            raise ValueError(f"{name} has {len(table)} rows, not {special} plus a square grid")
-        grid = table[special:].float().T.reshape(1, -1, side, side)
-        grid = F.interpolate(grid, size=self.grid, mode="bicubic", align_corners=False)
-        rows = torch.cat([table[:special].float(), grid[0].flatten(1).T])
+        rows = resize_position_table(name, table, self.grid, special=special, mode="bicubic")
         return {**state_dict, name: rows.to(table.dtype)}, [name]
 
 

@@ -1,16 +1,16 @@
 """CLIP's vision transformer (Radford et al., ICML 2021), on transformers' ``CLIPVisionModel``."""
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
-from ..layers.stem import conv_stem
+from ..layers.position import resize_position_table
+from ..layers.stem import build_stem, patch_grid
+from ..options import arguments
 
 
 class PatchEmbedding(nn.Module):
@@ -22,13 +22,11 @@ class PatchEmbedding(nn.Module):
     def __init__(self, *, dim: int, patch_size: int, grid: tuple[int, int], stem: str):
         super().__init__()
         self.class_embedding = nn.Parameter(dim**-0.5 * torch.randn(dim))
+        self.patch_embedding = build_stem(
+            "MODEL.RIS.CLIP_VIT.STEM", stem, dim=dim, patch_size=patch_size, bias=False
+        )
         if stem == "patch":
-            self.patch_embedding = nn.Conv2d(3, dim, patch_size, patch_size, bias=False)
             nn.init.normal_(self.patch_embedding.weight, std=0.02)
-        elif stem == "conv":
-            self.patch_embedding = conv_stem(dim=dim, patch_size=patch_size)
-        else:
-            raise ValueError(f"MODEL.RIS.CLIP_VIT.STEM is {stem!r}, not patch or conv")
         self.position_embedding = nn.Parameter(0.02 * torch.randn(1 + grid[0] * grid[1], dim))
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
@@ -72,12 +70,8 @@ class RISCLIPViT(Backbone):
         super().__init__()
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
-        if image_size[0] % patch_size or image_size[1] % patch_size:
-            raise ValueError(
-                f"image size {image_size} is not a multiple of patch size {patch_size}"
-            )
         self.image_size, self.patch_size = tuple(image_size), patch_size
-        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.grid = patch_grid(image_size, patch_size)
         self.dim, self.depth = dim, depth
         model = CLIPVisionModel(
             CLIPVisionConfig(
@@ -98,15 +92,7 @@ class RISCLIPViT(Backbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
-        vit = cfg.MODEL.RIS.CLIP_VIT
-        return {
-            "image_size": cfg.INPUT.RIS.SIZE,
-            "patch_size": vit.PATCH_SIZE,
-            "dim": vit.DIM,
-            "depth": vit.DEPTH,
-            "num_heads": vit.NUM_HEADS,
-            "stem": vit.STEM,
-        }
+        return {"image_size": cfg.INPUT.RIS.SIZE, **arguments(cfg.MODEL.RIS.CLIP_VIT)}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {"last": (B, dim, H/p, W/p)}."""
@@ -149,10 +135,5 @@ class RISCLIPViT(Backbone):
         table = state_dict.get(name)
         if table is None or len(table) == 1 + self.grid[0] * self.grid[1]:
             return state_dict, []
-        side = math.isqrt(len(table) - 1)
-        if side * side != len(table) - 1:
-            raise ValueError(f"{name} has {len(table)} rows, not [CLS] and a square grid")
-        grid = table[1:].float().T.reshape(1, -1, side, side)
-        grid = F.interpolate(grid, size=self.grid, mode="bilinear", align_corners=False)
-        rows = torch.cat([table[:1].float(), grid[0].flatten(1).T])
+        rows = resize_position_table(name, table, self.grid, special=1, mode="bilinear")
         return {**state_dict, name: rows}, [name]  # fp32: half precision would round again

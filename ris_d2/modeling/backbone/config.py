@@ -10,7 +10,6 @@ def add_backbone_config(cfg: CN) -> None:
     cfg.MODEL.RIS.BEIT3.EMBED_DIM = 768  # d
     cfg.MODEL.RIS.BEIT3.DEPTH = 12  # L
     cfg.MODEL.RIS.BEIT3.NUM_HEADS = 12
-    cfg.MODEL.RIS.BEIT3.MLP_RATIO = 4
     cfg.MODEL.RIS.BEIT3.PATCH_SIZE = 16  # p
     # patch: the published linear patch embedding; conv: stride-2 3x3 convolutions (ours, for
     # training from scratch on small data).
@@ -37,6 +36,10 @@ def add_backbone_config(cfg: CN) -> None:
     # Recompute blocks in the backward pass: less memory, more time.
     cfg.MODEL.RIS.SWIN.CHECKPOINTING = False
 
+    _add_plain_transformers(cfg)
+
+
+def _add_plain_transformers(cfg: CN) -> None:
     # RISCLIPViT; defaults are ViT-B/16.
     cfg.MODEL.RIS.CLIP_VIT = CN()
     cfg.MODEL.RIS.CLIP_VIT.PATCH_SIZE = 16  # P

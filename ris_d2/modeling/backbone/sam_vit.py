@@ -11,6 +11,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
 from ..layers.stem import conv_stem
+from ..options import arguments, check_choice
 
 NECK_CHANNELS = 256
 
@@ -78,8 +79,7 @@ class RISSAMViT(Backbone):
         self.vision_encoder = SamVisionModel(config).vision_encoder
         for block in self.vision_encoder.layers:
             block.attn = DecomposedAttention(block.attn)
-        if stem not in ("patch", "conv"):
-            raise ValueError(f"MODEL.RIS.SAM.STEM is {stem!r}, not patch or conv")
+        check_choice("MODEL.RIS.SAM.STEM", stem, ("patch", "conv"))
         if stem == "conv":
             self.vision_encoder.patch_embed = _ConvStem(dim=embed_dim, patch_size=patch_size)
         self.apply(_init_weights)
@@ -88,18 +88,7 @@ class RISSAMViT(Backbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
-        sam = cfg.MODEL.RIS.SAM
-        return {
-            "image_size": cfg.INPUT.RIS.SIZE,
-            "patch_size": sam.PATCH_SIZE,
-            "embed_dim": sam.EMBED_DIM,
-            "depth": sam.DEPTH,
-            "num_heads": sam.NUM_HEADS,
-            "window_size": sam.WINDOW_SIZE,
-            "global_blocks": sam.GLOBAL_BLOCKS,
-            "stem": sam.STEM,
-            "neck": sam.NECK,
-        }
+        return {"image_size": cfg.INPUT.RIS.SIZE, **arguments(cfg.MODEL.RIS.SAM)}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Encode images.

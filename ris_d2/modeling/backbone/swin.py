@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..layers import Constants
 from ..layers.attention import drop_path_scale
+from ..options import arguments
 
 Size = tuple[int, int]
 Partition = tuple[Tensor, Tensor, Tensor | None]
@@ -150,11 +151,30 @@ class PatchMerging(nn.Module):
 
 
 class SwinStage(nn.Module):
-    def __init__(self, *, blocks: Sequence[SwinBlock], downsample: PatchMerging | None):
+    """Blocks, every second one shifted, and what leads to the next stage."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        drop_paths: Sequence[float],
+        last: bool,
+    ):
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        if downsample is not None:
-            self.downsample = downsample
+        self.blocks = nn.ModuleList(
+            SwinBlock(
+                dim=dim,
+                num_heads=num_heads,
+                window_size=window_size,
+                shift=window_size // 2 if number % 2 else 0,
+                drop_path=drop_path,
+            )
+            for number, drop_path in enumerate(drop_paths)
+        )
+        if not last:
+            self.downsample = PatchMerging(dim=dim)
 
 
 class PatchEmbedding(nn.Module):
@@ -221,45 +241,26 @@ class RISSwin(Backbone):
                 raise ValueError(f"MODEL.RIS.SWIN: {dim} channels do not divide by {heads} heads")
         self.checkpointing = checkpointing
         self.patch_embed = PatchEmbedding(dim=embed_dim)
-        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
-        last = len(depths) - 1
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))
+        stages = zip(self.dims, num_heads, rates, strict=True)
         self.layers = nn.ModuleList(
             SwinStage(
-                blocks=[
-                    SwinBlock(
-                        dim=dim,
-                        num_heads=num_heads[stage],
-                        window_size=window_size,
-                        shift=window_size // 2 if block % 2 else 0,
-                        drop_path=next(rates),
-                    )
-                    for block in range(depths[stage])
-                ],
-                downsample=PatchMerging(dim=dim) if stage < last else None,
+                dim=dim,
+                num_heads=heads,
+                window_size=window_size,
+                drop_paths=own.tolist(),
+                last=dim == self.dims[-1],
             )
-            for stage, dim in enumerate(self.dims)
+            for dim, heads, own in stages
         )
-        self.norms = nn.ModuleDict(
-            {
-                name: nn.LayerNorm(dim)
-                for name, dim in zip(_FEATURES, self.dims, strict=True)
-                if name in out_features
-            }
-        )
+        dims = zip(_FEATURES, self.dims, strict=True)
+        self.norms = nn.ModuleDict({x: nn.LayerNorm(dim) for x, dim in dims if x in out_features})
         self.partitions = Constants(window_partition, max_kept=64)
         self.apply(_init_weights)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict:
-        swin = cfg.MODEL.RIS.SWIN
-        return {
-            "embed_dim": swin.EMBED_DIM,
-            "depths": swin.DEPTHS,
-            "num_heads": swin.NUM_HEADS,
-            "window_size": swin.WINDOW_SIZE,
-            "drop_path": swin.DROP_PATH,
-            "checkpointing": swin.CHECKPOINTING,
-        }
+        return arguments(cfg.MODEL.RIS.SWIN)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {"res2": (B, C, H/4, W/4), ..., "res5": (B, 8C, H/32, W/32)}, rounded up."""

@@ -8,6 +8,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor
 
+from ..options import arguments
+
 
 @BACKBONE_REGISTRY.register()
 class RISViT(Backbone):
@@ -39,12 +41,7 @@ class RISViT(Backbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
-        vit = cfg.MODEL.RIS.VIT
-        return {
-            "name": vit.NAME,
-            "image_size": cfg.INPUT.RIS.SIZE,
-            "out_blocks": vit.OUT_BLOCKS,
-        }
+        return {"image_size": cfg.INPUT.RIS.SIZE, **arguments(cfg.MODEL.RIS.VIT)}
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> "block<i>": (B, C, H/p, W/p), outputs of the blocks, not normalised."""

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from ..backbone import RISBEiT3
 from ..layers import MultiheadAttention
+from ..layers.position import sine_position_1d
+from ..options import arguments, check_choice
 from ..text import build_text_encoder
 
 MAX_TOKENS = 1024  # of a sentence, as BEiT-3's table of positions
@@ -159,14 +161,8 @@ class CognitionBranch(nn.Module):
             ValueError: for unknown text positions or instance attention.
         """
         super().__init__()
-        if instance_attention not in ("released", "queries"):
-            raise ValueError(
-                f"MODEL.DERIS.INSTANCE_ATTENTION is {instance_attention!r}, not released or queries"
-            )
-        if text_positions not in _POSITIONS:
-            raise ValueError(
-                f"MODEL.DERIS.TEXT_POSITIONS is {text_positions!r}, not one of {sorted(_POSITIONS)}"
-            )
+        check_choice("MODEL.DERIS.INSTANCE_ATTENTION", instance_attention, ("released", "queries"))
+        check_choice("MODEL.DERIS.TEXT_POSITIONS", text_positions, _POSITIONS)
         self.encoder = encoder
         self.looks = isinstance(encoder, RISBEiT3)
         if self.looks and not reads_images:
@@ -194,8 +190,7 @@ class CognitionBranch(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, num_layers: int) -> dict[str, Any]:
         deris = cfg.MODEL.DERIS
-        if deris.COGNITION not in ("RISBEiT3", "text"):
-            raise ValueError(f"MODEL.DERIS.COGNITION is {deris.COGNITION!r}, not RISBEiT3 or text")
+        check_choice("MODEL.DERIS.COGNITION", deris.COGNITION, ("RISBEiT3", "text"))
         if deris.COGNITION == "text":
             encoder = build_text_encoder(cfg)
         else:
@@ -210,12 +205,8 @@ class CognitionBranch(nn.Module):
             "encoder": encoder,
             "reads_images": deris.VISUAL_FEATURES and deris.COGNITION != "text",
             "num_layers": num_layers,
-            "dim": deris.DIM,
-            "num_heads": deris.NUM_HEADS,
-            "ffn_dim": deris.FFN_DIM,
-            "num_queries": deris.NUM_QUERIES,
-            "instance_attention": deris.INSTANCE_ATTENTION,
-            "text_positions": deris.TEXT_POSITIONS,
+            **arguments(deris, "DIM", "NUM_HEADS", "FFN_DIM", "NUM_QUERIES"),
+            **arguments(deris, "INSTANCE_ATTENTION", "TEXT_POSITIONS"),
             "existence": ExistenceDecoder(
                 dim=deris.DIM,
                 num_heads=deris.NUM_HEADS,
@@ -267,22 +258,11 @@ class CognitionBranch(nn.Module):
         return queries, self.referring(referring)
 
 
-def sine_positions(length: int, dim: int) -> Tensor:
-    """Sine and cosine interleaved, temperature 10000: (length, dim)."""
-    frequencies = 1e4 ** -(torch.arange(dim // 2) / (dim // 2))
-    return _interleave(length, frequencies)
-
-
 def released_positions(length: int, dim: int) -> Tensor:
     """sin l, cos l, 0, 1, 0, 1, ...: sine positions whose frequencies below 1 became 0."""
-    frequencies = torch.zeros(dim // 2)
-    frequencies[0] = 1
-    return _interleave(length, frequencies)
+    positions = sine_position_1d(length, dim)
+    positions[:, 2::2], positions[:, 3::2] = 0, 1
+    return positions
 
 
-def _interleave(length: int, frequencies: Tensor) -> Tensor:
-    angles = torch.arange(length)[:, None] * frequencies
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
-
-
-_POSITIONS = {"released": released_positions, "sine": sine_positions}
+_POSITIONS = {"released": released_positions, "sine": sine_position_1d}

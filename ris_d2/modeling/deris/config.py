@@ -53,8 +53,6 @@ def add_deris_config(cfg: CN) -> None:
     # Weight of a query that is not referred to in the two-class cross-entropy. 0.1: released code.
     # 1.0: the paper's text, since a two-class cross-entropy without weights is the binary one.
     cfg.MODEL.DERIS.NOT_REFERRED_WEIGHT = 0.1
-    # Points per mask in matching and loss; the loss draws OVERSAMPLE_RATIO times as many and keeps
-    # the most uncertain for a share IMPORTANCE_RATIO of its points.
+    # P, points per mask in matching and loss; of those of the loss, three quarters are the most uncertain
+    # of three times as many.
     cfg.MODEL.DERIS.NUM_POINTS = 12544
-    cfg.MODEL.DERIS.OVERSAMPLE_RATIO = 3.0
-    cfg.MODEL.DERIS.IMPORTANCE_RATIO = 0.75

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..losses import mean_over_processes
+from ..options import arguments
 from .matcher import HungarianMatcher
 from .points import draw_uncertain_points, sample_masks, sample_upsampled
 
@@ -37,8 +38,8 @@ class DeRISCriterion(nn.Module):
         existence_weight: float,
         not_referred_weight: float,
         num_points: int,
-        oversample_ratio: float,
-        importance_ratio: float,
+        oversample_ratio: float = 3.0,
+        importance_ratio: float = 0.75,
     ):
         """
         Args:
@@ -46,8 +47,8 @@ class DeRISCriterion(nn.Module):
             aux_weight: lambda_aux, weight of all rounds but the last.
             not_referred_weight: of unmatched queries in the class term; matched ones weigh 1.
             num_points: P per mask, in matching and loss.
-            oversample_ratio: candidates per point of the loss, >= 1.
-            importance_ratio: share of points at the most uncertain candidates, in [0, 1].
+            oversample_ratio: candidates per point of the loss, >= 1 (PointRend's, as released).
+            importance_ratio: share of points at the most uncertain candidates, in [0, 1] (likewise).
 
         Raises:
             ValueError: num_points, oversample_ratio or importance_ratio out of range.
@@ -78,18 +79,15 @@ class DeRISCriterion(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        deris = cfg.MODEL.DERIS
-        return {
-            "class_weight": deris.CLASS_WEIGHT,
-            "mask_weight": deris.MASK_WEIGHT,
-            "dice_weight": deris.DICE_WEIGHT,
-            "aux_weight": deris.AUX_WEIGHT,
-            "existence_weight": cfg.MODEL.RIS.EXISTENCE_WEIGHT,
-            "not_referred_weight": deris.NOT_REFERRED_WEIGHT,
-            "num_points": deris.NUM_POINTS,
-            "oversample_ratio": deris.OVERSAMPLE_RATIO,
-            "importance_ratio": deris.IMPORTANCE_RATIO,
-        }
+        weights = (
+            "CLASS_WEIGHT",
+            "MASK_WEIGHT",
+            "DICE_WEIGHT",
+            "AUX_WEIGHT",
+            "NOT_REFERRED_WEIGHT",
+        )
+        own = arguments(cfg.MODEL.DERIS, *weights, "NUM_POINTS")
+        return {**own, "existence_weight": cfg.MODEL.RIS.EXISTENCE_WEIGHT}
 
     def forward(
         self,

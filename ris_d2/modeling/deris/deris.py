@@ -10,6 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
 from torch import Tensor
 
+from ..options import arguments
 from ..segmenter import ReferringSegmenter
 from .cognition import CognitionBranch
 from .criterion import DeRISCriterion
@@ -80,11 +81,8 @@ class DeRIS(ReferringSegmenter):
             "perception": PerceptionBranch(cfg),
             "cognition": CognitionBranch(cfg, len(thinking_rounds)),
             "criterion": DeRISCriterion(cfg),
-            "query_flow": deris.QUERY_FLOW,
             "num_rounds": deris.ROUNDS,
-            "score_threshold": deris.SCORE_THRESHOLD,
-            "score_weighted": deris.SCORE_WEIGHTED,
-            "keep_best": deris.KEEP_BEST,
+            **arguments(deris, "QUERY_FLOW", "SCORE_THRESHOLD", "SCORE_WEIGHTED", "KEEP_BEST"),
             "return_instances": cfg.TEST.INSTANCES,
         }
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..options import check_choice
 from .cognition import CognitionBranch
 from .perception import PerceptionBranch
 
@@ -16,8 +17,7 @@ def cognition_rounds(query_flow: str, num_rounds: int) -> list[int]:
     Raises:
         ValueError: unknown flow.
     """
-    if query_flow not in QUERY_FLOWS:
-        raise ValueError(f"MODEL.DERIS.QUERY_FLOW is {query_flow!r}, not one of {QUERY_FLOWS}")
+    check_choice("MODEL.DERIS.QUERY_FLOW", query_flow, QUERY_FLOWS)
     if query_flow == "loopback":
         return list(range(num_rounds + 1))
     return [0] if query_flow == "c_to_p" else [num_rounds]

@@ -12,7 +12,8 @@ from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from ..backbone import RISSwin, build_pyramid_backbone
-from ..layers import Constants, MultiheadAttention
+from ..layers import Constants, MultiheadAttention, resize_maps
+from ..options import arguments
 from .pixel_decoder import LEVELS, PixelDecoder, Size
 
 PRIOR_STRIDE = 4  # of the maps that mask priors are taken on, in pixels of f_m
@@ -70,12 +71,11 @@ class MaskFeatures:
 
     def dot(self, embeddings: Tensor) -> Tensor:
         """f_m times embeddings (E, Q, C) -> (E, Q, h, w)."""
-        size = self.maps.shape[-2:]
         products = torch.einsum("eqc,echw->eqhw", embeddings, self._own_maps)
         if self.visual is None:
             return products
         visual = torch.einsum("eqc,echw->eqhw", embeddings, self.visual)
-        return products + F.interpolate(visual, size=size, mode="bilinear", align_corners=False)
+        return products + resize_maps(visual, self.maps.shape[-2:])
 
     def average(self, masks: Tensor) -> Tensor:
         """Mean of each mask times f_m: (E, Q, h // 4, w // 4), on pooled f_m -> (E, Q, C)."""
@@ -110,19 +110,19 @@ class PerceptionLayer(nn.Module):
         queries: Tensor,
         positions: Tensor,
         keys_values: tuple[Tensor, Tensor],
-        keep: Tensor | None,
+        attn_mask: Tensor | None,
     ) -> Tensor:
         """
         Args:
             queries: (E, Q, C).
             positions: (Q, C), of queries and keys, not of values.
             keys_values: of ``cross_attention.project``.
-            keep: bool (E, Q, K), True where a query may attend.
+            attn_mask: bool (E, Q, K), True where a query may attend.
 
         Returns:
             (E, Q, C)
         """
-        attended = self.cross_attention.attend(queries + positions, *keys_values, keep)
+        attended = self.cross_attention.attend(queries + positions, *keys_values, attn_mask)
         queries = self.cross_norm(queries + attended)
         located = queries + positions
         queries = self.self_norm(queries + self.self_attention(located, located, values=queries))
@@ -204,10 +204,7 @@ class PerceptionBranch(nn.Module):
                 ffn_dim=deris.PIXEL_DECODER_FFN_DIM,
             ),
             "num_layers": deris.ROUNDS,
-            "num_queries": deris.NUM_QUERIES,
-            "dim": deris.DIM,
-            "num_heads": deris.NUM_HEADS,
-            "ffn_dim": deris.FFN_DIM,
+            **arguments(deris, "NUM_QUERIES", "DIM", "NUM_HEADS", "FFN_DIM"),
             "reads_visual": deris.VISUAL_FEATURES and deris.COGNITION != "text",
             "hierarchical": deris.QUERY_FLOW == "hierarchical",
         }
@@ -249,8 +246,7 @@ class PerceptionBranch(nn.Module):
 
     def mask_prior(self, mask_logits: Tensor, mask_features: MaskFeatures) -> Tensor:
         """What lies under each mask, the mean of mask times f_m: (E, Q, H/4, W/4) -> (E, Q, C)."""
-        size = mask_features.pooled.shape[-2:]
-        masks = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False)
+        masks = resize_maps(mask_logits, mask_features.pooled.shape[-2:])
         return mask_features.average(masks.sigmoid())
 
     def attention_mask(self, mask_logits: Tensor, number: int) -> Tensor:
@@ -264,11 +260,8 @@ class PerceptionBranch(nn.Module):
         """
         factor = 2 ** (len(LEVELS) - number % len(LEVELS))
         size = [-(-length // factor) for length in mask_logits.shape[-2:]]
-        logits = F.interpolate(
-            mask_logits.detach().float(), size=size, mode="bilinear", align_corners=False
-        )
-        keep = logits.flatten(2) >= 0
-        return keep | ~keep.any(-1, keepdim=True)
+        inside = resize_maps(mask_logits.detach().float(), size).flatten(2) >= 0
+        return inside | ~inside.any(-1, keepdim=True)
 
     def layer(
         self,
@@ -292,12 +285,7 @@ class PerceptionBranch(nn.Module):
             keys, values = (x[image_index] for x in features.keys_values[number])
         else:
             level = number % len(LEVELS)
-            visual = F.interpolate(
-                mask_features.level_visual[level],
-                size=features.sizes[level],
-                mode="bilinear",
-                align_corners=False,
-            )
+            visual = resize_maps(mask_features.level_visual[level], features.sizes[level])
             tokens = features.levels[level][image_index] + visual.flatten(2).transpose(1, 2)
             keys, values = self._project(number, tokens, features.sizes)
         positions = self.query_position.weight

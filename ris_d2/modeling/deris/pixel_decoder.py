@@ -4,11 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from ..layers import Constants
+from ..layers import Constants, resize_maps
 from ..layers.deformable_attention import MultiScaleDeformableAttention
 from ..layers.position import sine_position_2d
 
@@ -100,9 +99,7 @@ class PixelDecoder(nn.Module):
         levels = list(tokens.split(lengths, 1))
         finest = self.lateral(features[FINEST])
         coarser = levels[-1].transpose(1, 2).unflatten(2, sizes[-1])
-        finest = finest + F.interpolate(
-            coarser, size=finest.shape[-2:], mode="bilinear", align_corners=False
-        )
+        finest = finest + resize_maps(coarser, finest.shape[-2:])
         return levels, sizes, self.mask_features(self.output(finest))
 
 

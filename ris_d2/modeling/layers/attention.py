@@ -70,7 +70,7 @@ class MultiheadAttention(nn.Module):
         self,
         query: Tensor,
         context: Tensor,
-        keep: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         *,
         values: Tensor | None = None,
     ) -> Tensor:
@@ -79,13 +79,13 @@ class MultiheadAttention(nn.Module):
         Args:
             query: (B, Q, query_dim).
             context: (B, K, context_dim), the keys, and the values unless those are given.
-            keep: bool (B, K) or (B, Q, K), True where a key may be attended; None = everywhere.
+            attn_mask: bool (B, K) or (B, Q, K), True where a key may be attended; None = everywhere.
             values: (B, K, context_dim), where keys carry positions and values do not.
 
         Returns:
             (B, Q, query_dim)
         """
-        return self.attend(query, *self.project(context, values), keep)
+        return self.attend(query, *self.project(context, values), attn_mask)
 
     def project(self, context: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values (B, num_heads, K, dim / num_heads) each, for ``attend``."""
@@ -93,15 +93,14 @@ class MultiheadAttention(nn.Module):
         return keys, self._split(self.value(context if values is None else values))
 
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, keep: Tensor | None = None
+        self, query: Tensor, keys: Tensor, values: Tensor, attn_mask: Tensor | None = None
     ) -> Tensor:
         """``forward`` on a context that was projected before, once for several uses."""
-        mask = keep
-        if keep is not None:
-            mask = keep[:, None, None, :] if keep.ndim == 2 else keep[:, None]
+        if attn_mask is not None:
+            attn_mask = attn_mask[:, None, None] if attn_mask.ndim == 2 else attn_mask[:, None]
         dropout = self.dropout if self.training else 0.0
         query = self._split(self.query(query))
-        attended = F.scaled_dot_product_attention(query, keys, values, mask, dropout)
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask, dropout)
         return self.out(attended.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:

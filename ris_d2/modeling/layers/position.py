@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -38,3 +39,35 @@ def sine_position_2d(
     rows = encode(height)[:, None].expand(-1, width, -1)
     columns = encode(width)[None].expand(height, -1, -1)
     return torch.cat([rows, columns], -1)
+
+
+def sine_position_1d(length: int, dim: int) -> Tensor:
+    """Sine and cosine of 0 .. length - 1 side by side, temperature 10000: float32 (length, dim)."""
+    frequencies = 1e4 ** -(torch.arange(dim // 2) / (dim // 2))
+    angles = torch.arange(length)[:, None] * frequencies
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
+
+
+def resize_position_table(
+    name: str, table: Tensor, grid: tuple[int, int], *, special: int, mode: str
+) -> Tensor:
+    """Fit a checkpoint's learned positions to another grid.
+
+    Args:
+        name: of the table, for the message.
+        table: (special + side * side, C); the first ``special`` rows are of no place and stay.
+        grid: (h, w).
+        mode: of ``interpolate``.
+
+    Returns:
+        float32 (special + h * w, C)
+
+    Raises:
+        ValueError: the table is of no square grid.
+    """
+    side = math.isqrt(len(table) - special)
+    if side * side != len(table) - special:
+        raise ValueError(f"{name} has {len(table)} rows, not {special} and a square grid")
+    maps = table[special:].float().T.reshape(1, -1, side, side)
+    maps = F.interpolate(maps, size=grid, mode=mode, align_corners=False)
+    return torch.cat([table[:special].float(), maps[0].flatten(1).T])

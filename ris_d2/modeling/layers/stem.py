@@ -4,6 +4,36 @@ import math
 
 from torch import nn
 
+from ..options import check_choice
+
+
+def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """(H, W) in pixels -> (h, w) in patches.
+
+    Raises:
+        ValueError: the size is no multiple of the patch size.
+    """
+    if image_size[0] % patch_size or image_size[1] % patch_size:
+        raise ValueError(f"image size {image_size} is not a multiple of patch size {patch_size}")
+    return image_size[0] // patch_size, image_size[1] // patch_size
+
+
+def build_stem(key: str, name: str, *, dim: int, patch_size: int, bias: bool = True) -> nn.Module:
+    """Build a patch embedding (B, 3, H, W) -> (B, dim, h, w).
+
+    Args:
+        key: the config key that names it.
+        name: patch, a linear map of each patch, or conv, see ``conv_stem``.
+        bias: of the linear map.
+
+    Raises:
+        ValueError: for another name.
+    """
+    check_choice(key, name, ("patch", "conv"))
+    if name == "conv":
+        return conv_stem(dim=dim, patch_size=patch_size)
+    return nn.Conv2d(3, dim, patch_size, patch_size, bias=bias)
+
 
 def conv_stem(*, dim: int, patch_size: int) -> nn.Sequential:
     """Pairs of 3x3 convolutions, the first of each with stride 2, down to one token per patch.

@@ -49,7 +49,6 @@ def add_risam_config(cfg: CN) -> None:
     cfg.MODEL.RISAM.DEC.UP_DIMS = (128, 64)  # channels after each upsampling x2 (ours)
     cfg.MODEL.RISAM.FOCAL_WEIGHT = 0.5  # omega_f
     cfg.MODEL.RISAM.FOCAL_GAMMA = 2.0  # gamma
-    cfg.MODEL.RISAM.FOCAL_ALPHA = -1.0  # weight of the foreground; -1: none, as in Eq. 10
     cfg.MODEL.RISAM.DICE_WEIGHT = 0.5  # omega_d
     # Added to both sides of Eq. 11's fraction, which is printed without (ours). Far below a pixel, so
     # that the loss of an empty target is constant; 1 lets it teach, too.

@@ -1,6 +1,8 @@
 """The Mutual-Aware Mask Decoder of RISAM (Eq. 6 to 9)."""
 
+import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from detectron2.layers import get_norm
@@ -50,26 +52,23 @@ class MutualAwareMaskDecoder(nn.Module):
         self.elg = elg
         self.query = nn.Embedding(1, dim)  # F_m
 
+        residual = partial(Residual, dim=dim, dropout=dropout, layer_norm=layer_norm)
+
         def attention() -> Residual:
-            layer = MultiheadAttention(dim=dim, num_heads=num_heads, out_proj=out_proj)
-            return Residual(layer, dim=dim, dropout=dropout, layer_norm=layer_norm)
+            return residual(MultiheadAttention(dim=dim, num_heads=num_heads, out_proj=out_proj))
 
         def ffn() -> Residual:
-            layer = MLP(dim=dim, hidden_dim=ffn_dim, out_dim=dim, activation=nn.ReLU)
-            return Residual(layer, dim=dim, dropout=dropout, layer_norm=layer_norm)
+            return residual(MLP(dim=dim, hidden_dim=ffn_dim, out_dim=dim, activation=nn.ReLU))
 
         self.blocks = nn.ModuleList(
             DecoderBlock(attention=attention, ffn=ffn if ffn_dim else None, toi_a=toi_a, elg=elg)
             for _ in range(num_blocks)
         )
         widths = [dim, *up_dims]
-        self.upsample = nn.Sequential(
-            *[
-                layer
-                for width, narrower in zip(widths, up_dims, strict=False)
-                for layer in (nn.ConvTranspose2d(width, narrower, 2, 2), get_norm(norm, narrower))
-            ]
-        )
+        self.upsample = nn.Sequential()
+        for width, narrower in itertools.pairwise(widths):
+            self.upsample.append(nn.ConvTranspose2d(width, narrower, 2, 2))
+            self.upsample.append(get_norm(norm, narrower))
         self.token_mlp = nn.Sequential(
             *(nn.Linear(dim, dim), nn.ReLU()),
             *(nn.Linear(dim, dim), nn.ReLU()),
@@ -122,16 +121,16 @@ class DecoderBlock(nn.Module):
         self.pixels_from_tokens = attention() if elg else None  # Eq. 9
         self.pixels_ffn = ffn() if ffn else None
 
-    def forward(self, pixels: Tensor, tokens: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixels: Tensor, tokens: Tensor, attn_mask: Tensor) -> tuple[Tensor, Tensor]:
         pixels = self.pixels_self(pixels, pixels)
         if self.tokens_self is not None:
-            tokens = self.tokens_self(tokens, tokens, keep)
+            tokens = self.tokens_self(tokens, tokens, attn_mask)
         if self.tokens_from_pixels is not None:
             tokens = self.tokens_from_pixels(tokens, pixels)
         if self.tokens_ffn is not None:
             tokens = self.tokens_ffn(tokens)
         if self.pixels_from_tokens is not None:
-            pixels = self.pixels_from_tokens(pixels, tokens, keep)
+            pixels = self.pixels_from_tokens(pixels, tokens, attn_mask)
         if self.pixels_ffn is not None:
             pixels = self.pixels_ffn(pixels)
         return pixels, tokens

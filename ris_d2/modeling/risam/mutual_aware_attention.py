@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..options import check_choice
+
 
 class MutualFeatures(NamedTuple):
     """What fusion of the modalities gives.
@@ -68,10 +70,8 @@ class MutualAwareAttention(nn.Module):
             ValueError: for an unknown ``lga_norm`` or ``direction``.
         """
         super().__init__()
-        if lga_norm not in ("none", "sum", "softmax"):
-            raise ValueError(f"MODEL.RISAM.MA.LGA_NORM is {lga_norm!r}, not none, sum or softmax")
-        if direction not in ("mutual", "vision", "serial"):
-            raise ValueError(f"direction is {direction!r}, not mutual, vision or serial")
+        check_choice("MODEL.RISAM.MA.LGA_NORM", lga_norm, ("none", "sum", "softmax"))
+        check_choice("direction", direction, ("mutual", "vision", "serial"))
         self.tau, self.use_mask = tau, use_mask
         self.lga_norm, self.direction = lga_norm, direction
         self.vision = nn.Linear(dim, dim, bias=False)  # W_v

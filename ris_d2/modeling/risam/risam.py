@@ -9,7 +9,9 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from torch import Tensor, nn
 
-from ..losses import mask_dice, mask_focal
+from ..layers.position import sine_position_1d
+from ..losses import FocalAndDice
+from ..options import arguments, check_choice
 from ..segmenter import ReferringSegmenter
 from ..text import build_text_encoder
 from .decoder import MutualAwareMaskDecoder
@@ -46,11 +48,7 @@ class RISAM(ReferringSegmenter):
         in_features: Sequence[str],
         stride: int,
         mask_pad: bool,
-        focal_weight: float,
-        focal_gamma: float,
-        focal_alpha: float,
-        dice_weight: float,
-        dice_smooth: float,
+        loss: FocalAndDice,
         **segmenter: Any,
     ):
         """
@@ -59,10 +57,7 @@ class RISAM(ReferringSegmenter):
             in_features: names of F_v1, F_v2, F_v3 in the backbone's output.
             stride: of the grid that the head works on.
             mask_pad: no attention reads padded words; else they are words like any other.
-            focal_weight, dice_weight: omega_f and omega_d of Eq. 12.
-            focal_gamma: gamma of Eq. 10.
-            focal_alpha: weight of the foreground; -1: none, as in Eq. 10.
-            dice_smooth: added to both sides of Eq. 11's fraction.
+            loss: Eq. 10 to 12, with weights omega_f and omega_d.
             segmenter: see ReferringSegmenter.
         """
         super().__init__(**segmenter)
@@ -78,9 +73,7 @@ class RISAM(ReferringSegmenter):
         self.mask_pad = mask_pad
         # Padded words that something reads must be there, always as many.
         self.trims_text = mask_pad
-        self.focal_weight, self.dice_weight = focal_weight, dice_weight
-        self.focal_gamma, self.focal_alpha = focal_gamma, focal_alpha
-        self.dice_smooth = dice_smooth
+        self.loss = loss
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -119,31 +112,23 @@ class RISAM(ReferringSegmenter):
                 risam.FE.TYPE,
                 shapes=[outputs[name] for name in risam.IN_FEATURES],
                 dim=risam.DIM,
-                mlp_layers=risam.FE.MLP_LAYERS,
-                num_convs=risam.FE.NUM_CONVS,
                 norm=norm,
+                **arguments(risam.FE, "MLP_LAYERS", "NUM_CONVS"),
             ),
             "fusion": build_fusion(
                 risam.FUSION,
                 word_dim=text.dim,
                 dim=risam.DIM,
-                num_blocks=risam.MA.NUM_BLOCKS,
                 num_heads=dec.NUM_HEADS,
-                tau=risam.MA.TAU,
-                use_mask=risam.MA.USE_MASK,
-                lga_norm=risam.MA.LGA_NORM,
                 norm=norm,
                 words_are_read=has_words,
+                **arguments(risam.MA),
             ),
             "decoder": build_decoder(cfg, norm),
-            "in_features": risam.IN_FEATURES,
-            "stride": risam.STRIDE,
-            "mask_pad": risam.MASK_PAD,
-            "focal_weight": risam.FOCAL_WEIGHT,
-            "focal_gamma": risam.FOCAL_GAMMA,
-            "focal_alpha": risam.FOCAL_ALPHA,
-            "dice_weight": risam.DICE_WEIGHT,
-            "dice_smooth": risam.DICE_SMOOTH,
+            **arguments(risam, "IN_FEATURES", "STRIDE", "MASK_PAD"),
+            "loss": FocalAndDice(
+                **arguments(risam, "FOCAL_WEIGHT", "FOCAL_GAMMA", "DICE_WEIGHT", "DICE_SMOOTH")
+            ),
         }
 
     def encode_images(self, images: Tensor, views: dict[str, Tensor]) -> Tensor:
@@ -161,13 +146,8 @@ class RISAM(ReferringSegmenter):
         return outputs
 
     def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
-        logits = outputs["mask_logits"].float()
-        masks = self.shrink_targets(masks, logits.shape[-2:])
-        focal = mask_focal(logits, masks, alpha=self.focal_alpha, gamma=self.focal_gamma)
-        return {
-            "loss_focal": self.focal_weight * focal,
-            "loss_dice": self.dice_weight * mask_dice(logits, masks, smooth=self.dice_smooth),
-        }
+        logits = outputs["mask_logits"]
+        return self.loss(logits, self.shrink_targets(masks, logits.shape[-2:]))
 
     def fuse(
         self, features: Tensor, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
@@ -179,31 +159,23 @@ class RISAM(ReferringSegmenter):
         return self.fusion(regions, words, seen, self.grid), seen
 
 
-class SinePositions(nn.Module):
-    """Add sine and cosine of a word's position (Vaswani et al., 2017)."""
+class WordPositions(nn.Module):
+    """Add a vector per position: learned, or sine and cosine (Vaswani et al., 2017)."""
 
-    def forward(self, words: Tensor) -> Tensor:
-        length, dim = words.shape[1:]
-        steps = torch.arange(0, dim, 2, device=words.device) / dim
-        phases = torch.arange(length, device=words.device)[:, None] / 10000**steps
-        return words + torch.stack([phases.sin(), phases.cos()], -1).flatten(1).to(words)
-
-
-class LearnedPositions(nn.Module):
-    """Add a vector per position."""
-
-    def __init__(self, *, dim: int, length: int):
+    def __init__(self, *, dim: int, length: int, learned: bool):
         super().__init__()
-        self.table = nn.Parameter(torch.empty(length, dim))
-        nn.init.trunc_normal_(self.table, std=0.02)
+        table = sine_position_1d(length, dim)
+        if learned:
+            self.table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+        else:
+            self.register_buffer("table", table, persistent=False)
 
     def forward(self, words: Tensor) -> Tensor:
-        return words + self.table[: words.shape[1]]
+        return words + self.table[: words.shape[1]].to(words.dtype)
 
 
 def _build_word_positions(name: str, *, dim: int, length: int) -> nn.Module:
-    if name == "learned":
-        return LearnedPositions(dim=dim, length=length)
-    if name not in ("sine", "none"):
-        raise ValueError(f"MODEL.RISAM.LANG_POS_ENC is {name!r}, not sine, learned or none")
-    return SinePositions() if name == "sine" else nn.Identity()
+    check_choice("MODEL.RISAM.LANG_POS_ENC", name, ("sine", "learned", "none"))
+    if name == "none":
+        return nn.Identity()
+    return WordPositions(dim=dim, length=length, learned=name == "learned")

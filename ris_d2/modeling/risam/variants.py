@@ -9,6 +9,7 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from ..layers import MLP, MultiheadAttention
+from ..options import arguments, check_choice
 from .decoder import MutualAwareMaskDecoder
 from .feature_enhancement import (
     FeatureEnhancement,
@@ -37,20 +38,16 @@ def build_feature_enhancement(
     Raises:
         ValueError: an unknown name, or not three maps for "fusion".
     """
+    check_choice("MODEL.RISAM.FE.TYPE", name, ("fusion", "linear", "identity", "vitdet"))
     channels = [shape.channels for shape in shapes]
-    fusing = {"channels": channels, "dim": dim, "norm": norm}
-    fusing.update(mlp_layers=mlp_layers, num_convs=num_convs)
-    if name == "fusion":
-        if len(channels) != 3:
-            raise ValueError(
-                f"Feature Enhancement fuses three maps; MODEL.RISAM.IN_FEATURES has {len(channels)}"
-            )
-        return FeatureEnhancement(**fusing)
-    if name == "vitdet":
-        return SimpleFeaturePyramid(**fusing)
     if name in ("linear", "identity"):
         return LastFeature(channels=channels, dim=dim, projected=name == "linear")
-    raise ValueError(f"MODEL.RISAM.FE.TYPE is {name!r}, not fusion, linear, identity or vitdet")
+    if name == "fusion" and len(channels) != 3:
+        raise ValueError(
+            f"Feature Enhancement fuses three maps; MODEL.RISAM.IN_FEATURES has {len(channels)}"
+        )
+    kind = FeatureEnhancement if name == "fusion" else SimpleFeaturePyramid
+    return kind(channels=channels, dim=dim, mlp_layers=mlp_layers, num_convs=num_convs, norm=norm)
 
 
 class LastFeature(nn.Module):
@@ -142,6 +139,7 @@ def build_fusion(
     """
     if num_blocks < 1:
         raise ValueError(f"MODEL.RISAM.MA.NUM_BLOCKS is {num_blocks}, it must be at least 1")
+    check_choice("MODEL.RISAM.FUSION", name, (*_DIRECTIONS, "te", "conv", "none"))
     if name in _DIRECTIONS:
         directions = [_DIRECTIONS[name]] * num_blocks
         if name == "ma" and not words_are_read:
@@ -164,11 +162,7 @@ def build_fusion(
         )
     if name == "conv":
         return ConvFusion(word_dim=word_dim, dim=dim, norm=norm)
-    if name == "none":
-        return ProjectedWords(word_dim=word_dim, dim=dim)
-    raise ValueError(
-        f"MODEL.RISAM.FUSION is {name!r}, not one of {sorted([*_DIRECTIONS, 'te', 'conv', 'none'])}"
-    )
+    return ProjectedWords(word_dim=word_dim, dim=dim)
 
 
 class ProjectedWords(nn.Module):
@@ -226,9 +220,9 @@ class TransformerEncoder(ProjectedWords):
     ) -> MutualFeatures:
         count = regions.shape[1]
         tokens = torch.cat([regions, self.words(words)], 1)
-        keep = torch.cat([text_mask.new_ones(regions.shape[:2]), text_mask], 1)
+        attn_mask = torch.cat([text_mask.new_ones(regions.shape[:2]), text_mask], 1)
         for layer in self.layers:
-            tokens = layer(tokens, keep)
+            tokens = layer(tokens, attn_mask)
         return MutualFeatures(tokens[:, :count], tokens[:, count:])
 
 
@@ -240,9 +234,9 @@ class _EncoderLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(dim)
         self.mlp = MLP(dim=dim, hidden_dim=4 * dim, out_dim=dim)
 
-    def forward(self, tokens: Tensor, keep: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, attn_mask: Tensor) -> Tensor:
         normed = self.attention_norm(tokens)
-        tokens = tokens + self.attention(normed, normed, keep)
+        tokens = tokens + self.attention(normed, normed, attn_mask)
         return tokens + self.mlp(self.mlp_norm(tokens))
 
 
@@ -311,6 +305,8 @@ class SAMMaskDecoder(nn.Module):
 
 def build_decoder(cfg: CfgNode, norm: str) -> MutualAwareMaskDecoder | SAMMaskDecoder:
     risam, dec = cfg.MODEL.RISAM, cfg.MODEL.RISAM.DEC
+    check_choice("MODEL.RISAM.DEC.TYPE", dec.TYPE, ("mutual", "sam"))
+    check_choice("MODEL.RISAM.DEC.NORM", dec.NORM, ("none", "LN"))
     if dec.TYPE == "sam":
         if cfg.MODEL.RIS.NO_TARGET == "head":
             raise ValueError(
@@ -318,20 +314,7 @@ def build_decoder(cfg: CfgNode, norm: str) -> MutualAwareMaskDecoder | SAMMaskDe
                 "there is none or area"
             )
         return SAMMaskDecoder(dim=risam.DIM, num_heads=dec.NUM_HEADS)
-    if dec.TYPE != "mutual":
-        raise ValueError(f"MODEL.RISAM.DEC.TYPE is {dec.TYPE!r}, not mutual or sam")
-    if dec.NORM not in ("none", "LN"):
-        raise ValueError(f"MODEL.RISAM.DEC.NORM is {dec.NORM!r}, not none or LN")
+    own = ("NUM_HEADS", "NUM_BLOCKS", "OUT_PROJ", "FFN_DIM", "DROPOUT", "TOI_A", "ELG", "UP_DIMS")
     return MutualAwareMaskDecoder(
-        dim=risam.DIM,
-        num_heads=dec.NUM_HEADS,
-        num_blocks=dec.NUM_BLOCKS,
-        out_proj=dec.OUT_PROJ,
-        layer_norm=dec.NORM == "LN",
-        ffn_dim=dec.FFN_DIM,
-        dropout=dec.DROPOUT,
-        toi_a=dec.TOI_A,
-        elg=dec.ELG,
-        up_dims=dec.UP_DIMS,
-        norm=norm,
+        dim=risam.DIM, layer_norm=dec.NORM == "LN", norm=norm, **arguments(dec, *own)
     )

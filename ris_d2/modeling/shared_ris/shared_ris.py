@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..backbone import RISBEiT3, backbone_class
 from ..layers import init_xavier, resize_maps
 from ..losses import mask_bce, mask_dice
+from ..options import arguments, check_choice
 from ..segmenter import ReferringSegmenter
 from .decoder import SharedMaskDecoder
 from .fpn import SharedFPN
@@ -61,25 +62,20 @@ class SharedRIS(ReferringSegmenter):
         # h_j is the output of layer j as it is (Eq. 4 and 5): the encoder's last LayerNorm is not used.
         build = backbone_class(cfg, RISBEiT3)
         encoder = build(**build.from_config(cfg), final_norm=False)
-        if shared.LOSS_RESOLUTION not in ("mask", "input"):
-            raise ValueError(
-                f"MODEL.SHARED_RIS.LOSS_RESOLUTION is {shared.LOSS_RESOLUTION!r}, not mask or input"
-            )
+        known = ("mask", "input")
+        check_choice("MODEL.SHARED_RIS.LOSS_RESOLUTION", shared.LOSS_RESOLUTION, known)
         return {
             **super().from_config(cfg),
             "sentence_dim": shared.DIM,
             "encoder": encoder,
             "fpn": _build_fpn(shared, encoder),
             "decoder": SharedMaskDecoder(
-                dim=shared.DIM,
-                num_heads=shared.NUM_HEADS,
                 num_layers=shared.DECODER_LAYERS,
                 fusion=shared.DECODER_FUSION,
                 grid=encoder.grid,
-                norm=shared.NORM,
+                **arguments(shared, "DIM", "NUM_HEADS", "NORM"),
             ),
-            "bce_weight": shared.BCE_WEIGHT,
-            "dice_weight": shared.DICE_WEIGHT,
+            **arguments(shared, "BCE_WEIGHT", "DICE_WEIGHT"),
             "loss_at_input_size": shared.LOSS_RESOLUTION == "input",
         }
 
@@ -116,6 +112,7 @@ def _build_fpn(shared: CfgNode, encoder: RISBEiT3) -> nn.Module:
             f"MODEL.SHARED_RIS.STAGES is {shared.STAGES}; it must increase and end with the "
             f"encoder's last layer, {encoder.depth} (layers above would never be trained)"
         )
+    check_choice("MODEL.SHARED_RIS.FPN", shared.FPN, ("shared", "cris", "pwam"))
     if shared.FPN == "shared":
         return SharedFPN(
             **dims,
@@ -126,6 +123,4 @@ def _build_fpn(shared: CfgNode, encoder: RISBEiT3) -> nn.Module:
         )
     if shared.FPN == "cris":
         return CRISFPN(**dims, stages=shared.STAGES, grid=encoder.grid, norm=shared.NORM)
-    if shared.FPN == "pwam":
-        return PixelWordFPN(**dims, stages=shared.STAGES)
-    raise ValueError(f"MODEL.SHARED_RIS.FPN is {shared.FPN!r}, not shared, cris or pwam")
+    return PixelWordFPN(**dims, stages=shared.STAGES)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..layers import MultiheadAttention, instance_norm
 from ..layers.multiway import ModalityPair, Streams
+from ..options import check_choice
 from .fusion import ResidualMLP, SharedSelfAttention
 
 
@@ -53,8 +54,8 @@ class _CrossBlock(nn.Module):
         self.context_norm = nn.LayerNorm(dim)
         self.attention = MultiheadAttention(dim=dim, num_heads=num_heads)
 
-    def forward(self, query: Tensor, context: Tensor, keep: Tensor | None) -> Tensor:
-        return query + self.attention(self.query_norm(query), self.context_norm(context), keep)
+    def forward(self, query: Tensor, context: Tensor, attn_mask: Tensor | None) -> Tensor:
+        return query + self.attention(self.query_norm(query), self.context_norm(context), attn_mask)
 
 
 _FUSIONS = {"self": SharedSelfAttention, "cross": CrossAttention, "bi": BiDirection}
@@ -66,8 +67,7 @@ def build_fusion(name: str, *, dim: int, num_heads: int) -> nn.Module:
     Raises:
         ValueError: for an unknown name.
     """
-    if name not in _FUSIONS:
-        raise ValueError(f"unknown fusion {name!r}; Shared-RIS has {sorted(_FUSIONS)}")
+    check_choice("MODEL.SHARED_RIS' fusion", name, _FUSIONS)
     return _FUSIONS[name](dim=dim, num_heads=num_heads)
 
 

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..layers import init_xavier
+from ..options import arguments, check_choice
 from .registry import TEXT_ENCODER_REGISTRY
 
 MAX_POSITIONS = 512
@@ -44,8 +45,7 @@ class BertStack(nn.Module):
         # Imported here: importing ris_d2 must not import transformers.
         from transformers.models.bert.modeling_bert import BertLayer
 
-        if init not in _INITS:
-            raise ValueError(f"MODEL.RIS.TEXT.BERT.INIT is {init!r}, not one of {sorted(_INITS)}")
+        check_choice("MODEL.RIS.TEXT.BERT.INIT", init, _INITS)
         self.dim, self.depth = dim, depth
         config = _bert_config(dim=dim, num_heads=num_heads, dropout=dropout)
         self.layers = nn.ModuleList(BertLayer(config) for _ in range(depth))
@@ -74,14 +74,14 @@ class BertStack(nn.Module):
         Returns:
             (E, L, dim)
         """
-        keep = text_mask[:, None, None, :]
+        attention_mask = text_mask[:, None, None, :]
         for number in range(start, stop):
             layer = self.layers[number]
             if number in self.context_dims:
                 attended = layer.attention.self(hidden, context)
                 hidden = layer.feed_forward_chunk(layer.attention.output(attended, hidden))
             else:
-                hidden = layer(hidden, attention_mask=keep)
+                hidden = layer(hidden, attention_mask=attention_mask)
         return hidden
 
 
@@ -112,14 +112,8 @@ class RISBert(BertStack):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         bert = cfg.MODEL.RIS.TEXT.BERT
-        return {
-            "vocab_size": bert.VOCAB_SIZE,
-            "dim": bert.EMBED_DIM,
-            "depth": bert.DEPTH,
-            "num_heads": bert.NUM_HEADS,
-            "dropout": bert.DROPOUT,
-            "init": bert.INIT,
-        }
+        same = arguments(bert, "VOCAB_SIZE", "DEPTH", "NUM_HEADS", "DROPOUT", "INIT")
+        return {"dim": bert.EMBED_DIM, **same}
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """int64 (E, L) -> words plus positions, normalised (E, L, dim)."""

@@ -3,6 +3,7 @@
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
+from ..options import arguments
 from .registry import TEXT_ENCODER_REGISTRY
 
 
@@ -43,8 +44,7 @@ class RISCausalLM(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        node = cfg.MODEL.RIS.TEXT.CAUSAL_LM
-        return {"path": node.PATH, "pretrained": node.PRETRAINED}
+        return arguments(cfg.MODEL.RIS.TEXT.CAUSAL_LM)
 
     def forward(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
         """int64 (E, L), bool (E, L), True = real token -> (E, L, dim), the last normalised states."""

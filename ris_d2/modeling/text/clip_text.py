@@ -5,6 +5,7 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
+from ..options import arguments, check_choice
 from .registry import TEXT_ENCODER_REGISTRY
 
 
@@ -44,8 +45,7 @@ class RISCLIPText(nn.Module):
         super().__init__()
         from transformers import CLIPTextConfig, CLIPTextModel
 
-        if init not in ("released", "scratch"):
-            raise ValueError(f"MODEL.RIS.TEXT.CLIP.INIT is {init!r}, not released or scratch")
+        check_choice("MODEL.RIS.TEXT.CLIP.INIT", init, ("released", "scratch"))
         self.dim, self.depth, self.vocab_size = dim, depth, vocab_size
         self.num_positions = num_positions
         model = CLIPTextModel(
@@ -67,15 +67,8 @@ class RISCLIPText(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        clip = cfg.MODEL.RIS.TEXT.CLIP
-        return {
-            "dim": clip.DIM,
-            "depth": clip.DEPTH,
-            "num_heads": clip.NUM_HEADS,
-            "vocab_size": clip.VOCAB_SIZE,
-            "num_positions": clip.NUM_POSITIONS or cfg.INPUT.RIS.MAX_TOKENS,
-            "init": clip.INIT,
-        }
+        own = arguments(cfg.MODEL.RIS.TEXT.CLIP)
+        return {**own, "num_positions": cfg.INPUT.RIS.MAX_TOKENS}
 
     def forward(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
         """int64 (E, L), bool (E, L) -> (E, L, dim): the last hidden states, normalised."""
@@ -111,8 +104,8 @@ class RISCLIPText(nn.Module):
         if len(table) < self.num_positions:
             raise ValueError(
                 f"the weights know sentences of {len(table)} tokens, this model reads "
-                f"{self.num_positions}; set INPUT.RIS.MAX_TOKENS (or "
-                f"MODEL.RIS.TEXT.CLIP.NUM_POSITIONS) to {len(table)}, or start from CLIP's own 77"
+                f"{self.num_positions}; set INPUT.RIS.MAX_TOKENS to {len(table)}, or start from "
+                "CLIP's own 77"
             )
         return {**state_dict, name: table[: self.num_positions]}, [name]
 

@@ -15,8 +15,6 @@ def add_text_config(cfg: CN) -> None:
     cfg.MODEL.RIS.TEXT.CLIP.DEPTH = 12
     cfg.MODEL.RIS.TEXT.CLIP.NUM_HEADS = 8
     cfg.MODEL.RIS.TEXT.CLIP.VOCAB_SIZE = 49408
-    # Rows of the position table, of CLIP's 77; 0 = INPUT.RIS.MAX_TOKENS.
-    cfg.MODEL.RIS.TEXT.CLIP.NUM_POSITIONS = 0
     # Random weights: released (replaced by pretrained weights) | scratch (Xavier, wider words; ours).
     cfg.MODEL.RIS.TEXT.CLIP.INIT = "released"
 

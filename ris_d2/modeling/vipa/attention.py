@@ -38,18 +38,18 @@ class AttentionBlock(nn.Module):
         self.mlp = MLP(dim=dim, hidden_dim=mlp_ratio * dim, out_dim=dim)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, keep: Tensor | None = None
+        self, x: Tensor, context: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> Tensor:
         """
         Args:
             x: (B, Q, dim).
             context: (B, K, context_dim); None for self-attention.
-            keep: bool (B, K) or (B, Q, K), True where a key may be attended; None = everywhere.
+            attn_mask: bool (B, K) or (B, Q, K), True where a key may be attended; None = everywhere.
 
         Returns:
             (B, Q, dim)
         """
         query = self.norm(x)
         keys = query if self.context_norm is None else self.context_norm(context)
-        x = x + self.attention(query, keys, keep)
+        x = x + self.attention(query, keys, attn_mask)
         return x + self.mlp(self.mlp_norm(x))

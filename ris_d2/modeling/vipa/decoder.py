@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from detectron2.layers import get_norm
 from torch import Tensor, nn
 
+from ..layers import resize_maps
 from .attention import AttentionBlock
 
 
@@ -62,29 +62,29 @@ class VIPADecoder(nn.Module):
         self.head = nn.Conv2d(dim, 1, 1)
 
     def forward(
-        self, maps: Sequence[Tensor], tokens: Tensor, keep: Tensor | None
+        self, maps: Sequence[Tensor], tokens: Tensor, attn_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
             maps: F_1 ... F_4, each (E, C_i, h_i, w_i).
             tokens: (E, K, dim), the expression.
-            keep: bool (E, K), False where a token must not be attended; None = all may.
+            attn_mask: bool (E, K), False where a token must not be attended; None = all may.
 
         Returns:
             mask logits (E, h_1, w_1), and the features (E, dim, h_1, w_1) that they are made of.
         """
-        x = self._attend(len(maps), self.project(maps[-1]), tokens, keep)
+        x = self._attend(len(maps), self.project(maps[-1]), tokens, attn_mask)
         for stage in range(len(maps) - 1, 0, -1):
             skip = maps[stage - 1]
-            x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
+            x = resize_maps(x, skip.shape[-2:])
             x = self.fuse[stage - 1](torch.cat([x, skip], 1))
-            x = self._attend(stage, x, tokens, keep)
+            x = self._attend(stage, x, tokens, attn_mask)
         return self.head(x).squeeze(1), x
 
-    def _attend(self, stage: int, x: Tensor, tokens: Tensor, keep: Tensor | None) -> Tensor:
+    def _attend(self, stage: int, x: Tensor, tokens: Tensor, attn_mask: Tensor | None) -> Tensor:
         if str(stage) not in self.attend:
             return x
-        attended = self.attend[str(stage)](x.flatten(2).transpose(1, 2), tokens, keep)
+        attended = self.attend[str(stage)](x.flatten(2).transpose(1, 2), tokens, attn_mask)
         return attended.transpose(1, 2).unflatten(2, x.shape[-2:])
 
 

@@ -8,11 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..options import check_choice
 from .attention import AttentionBlock
-
-_NOISE = ("scores", "temperature")
-_CUES = ("both", "global", "local")
-_AGGREGATIONS = ("mean", "sum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,13 +18,13 @@ class Expression:
 
     Attributes:
         tokens: (E, K, D); K = L where each token has its own, N without retrieval.
-        keep: bool (E, K), False where a token is no information (padding, excluded cue); None = all.
+        attn_mask: bool (E, K), False where a token is no information (padding, excluded cue); None = all.
         relevance: (E, L, N) cosines S_c of each token and each visual token (Eq. 1); None for language.
         retrieved: bool (E, L, N), M of Eq. 3, rows of no information included; None without retrieval.
     """
 
     tokens: Tensor
-    keep: Tensor | None
+    attn_mask: Tensor | None
     relevance: Tensor | None = None
     retrieved: Tensor | None = None
 
@@ -77,13 +74,9 @@ class VisualExpressionGenerator(nn.Module):
             raise ValueError(f"MODEL.VIPA.GENERATOR.RATIO lies in (0, 1], not {ratio}")
         if tau_init <= 0:
             raise ValueError(f"MODEL.VIPA.GENERATOR.TAU_INIT must be positive, not {tau_init}")
-        for key, value, known in (
-            ("NOISE", noise, _NOISE),
-            ("CUES", cues, _CUES),
-            ("AGGREGATION", aggregation, _AGGREGATIONS),
-        ):
-            if value not in known:
-                raise ValueError(f"MODEL.VIPA.GENERATOR.{key} is {value!r}, not one of {known}")
+        check_choice("MODEL.VIPA.GENERATOR.NOISE", noise, ("scores", "temperature"))
+        check_choice("MODEL.VIPA.GENERATOR.CUES", cues, ("both", "global", "local"))
+        check_choice("MODEL.VIPA.GENERATOR.AGGREGATION", aggregation, ("mean", "sum"))
         self.ratio, self.noise, self.cues = ratio, noise, cues
         self.excluded_ids = tuple(excluded_ids)
         self.retrieve, self.aggregation = retrieve, aggregation
@@ -111,17 +104,19 @@ class VisualExpressionGenerator(nn.Module):
         """
         relevance = self.relevance(vision, text)
         if self.retrieve:
-            keep = self._cue_mask(input_ids, text_mask)
+            attn_mask = self._cue_mask(input_ids, text_mask)
             weights, retrieved = self.sample(relevance)
             aggregated = weights.to(vision.dtype) @ vision
         else:
-            keep = retrieved = None
+            attn_mask = retrieved = None
             aggregated = vision
         tokens = self.aggregate(aggregated)  # F_a, Eq. 5
         if self.refine_by_vision is not None:
             tokens = self.refine_by_vision(tokens, vision, retrieved)  # F_r, Eq. 6
-            tokens = self.share(tokens, keep=keep)  # Eq. 7
-        return Expression(tokens=tokens, keep=keep, relevance=relevance, retrieved=retrieved)
+            tokens = self.share(tokens, attn_mask=attn_mask)  # Eq. 7
+        return Expression(
+            tokens=tokens, attn_mask=attn_mask, relevance=relevance, retrieved=retrieved
+        )
 
     def relevance(self, vision: Tensor, text: Tensor) -> Tensor:
         """Cosine S_c of each linguistic and each visual token (Eq. 1), fp32 (E, L, N)."""

@@ -7,6 +7,7 @@ from detectron2.layers import get_norm
 from torch import Tensor, nn
 
 from ..backbone import RISBEiT3, RISSwin, backbone_class
+from ..options import check_choice
 from ..text import RISBert
 from .attention import AttentionBlock
 from .encoders import EarlyFusion, Encoded, build_early_fusion
@@ -126,8 +127,8 @@ class LinguisticExpression(nn.Module):
         """As VisualExpressionGenerator, of which ``vision`` and ``input_ids`` are not read."""
         tokens = self.project(text)
         for layer in self.layers:
-            tokens = layer(tokens, keep=text_mask)
-        return Expression(tokens=tokens, keep=text_mask)
+            tokens = layer(tokens, attn_mask=text_mask)
+        return Expression(tokens=tokens, attn_mask=text_mask)
 
 
 def build_encoder(cfg: CfgNode) -> EarlyFusion | SeparateEncoders | BEiT3Encoder:
@@ -144,8 +145,7 @@ def build_encoder(cfg: CfgNode) -> EarlyFusion | SeparateEncoders | BEiT3Encoder
         "none": _build_separate,
         "beit3": _build_beit3,
     }
-    if name not in builders:
-        raise ValueError(f"MODEL.VIPA.ENCODER is {name!r}, not one of {list(builders)}")
+    check_choice("MODEL.VIPA.ENCODER", name, builders)
     return builders[name](cfg)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..layers import init_xavier, resize_maps
 from ..losses import mask_bce, mask_dice
+from ..options import arguments, check_choice
 from ..segmenter import ReferringSegmenter
 from .decoder import VIPADecoder
 from .encoders import EarlyFusion
@@ -51,10 +52,7 @@ class VIPA(ReferringSegmenter):
             ValueError: for an unknown loss, or if nothing would train the relevance scores.
         """
         super().__init__(**segmenter)
-        if relevance_loss not in _RELEVANCE_LOSSES:
-            raise ValueError(
-                f"MODEL.VIPA.RELEVANCE_LOSS is {relevance_loss!r}, not one of {_RELEVANCE_LOSSES}"
-            )
+        check_choice("MODEL.VIPA.RELEVANCE_LOSS", relevance_loss, _RELEVANCE_LOSSES)
         visual = isinstance(generator, VisualExpressionGenerator)
         if visual and relevance_loss == "none" and not generator.retrieve:
             raise ValueError(
@@ -83,30 +81,16 @@ class VIPA(ReferringSegmenter):
         vipa = cfg.MODEL.VIPA
         encoder = build_encoder(cfg)
         common = {"text_dim": encoder.text_dim, "dim": vipa.DIM, "num_heads": vipa.NUM_HEADS}
-        if vipa.KEY_VALUES == "visual":
-            node = vipa.GENERATOR
-            if vipa.ENCODER == "none" and not node.RETRIEVE:
+        check_choice("MODEL.VIPA.KEY_VALUES", vipa.KEY_VALUES, ("visual", "language"))
+        if vipa.KEY_VALUES == "language":
+            generator = LinguisticExpression(**common, num_layers=vipa.LANGUAGE_LAYERS)
+        else:
+            if vipa.ENCODER == "none" and not vipa.GENERATOR.RETRIEVE:
                 raise ValueError(
                     "MODEL.VIPA.ENCODER none with GENERATOR.RETRIEVE False: the sentence reaches nothing"
                 )
             generator = VisualExpressionGenerator(
-                **common,
-                vision_dim=encoder.dims[-1],
-                joint_dim=node.JOINT_DIM,
-                ratio=node.RATIO,
-                noise=node.NOISE,
-                tau_init=node.TAU_INIT,
-                cues=node.CUES,
-                excluded_ids=node.EXCLUDED_IDS,
-                retrieve=node.RETRIEVE,
-                refine=node.REFINE,
-                aggregation=node.AGGREGATION,
-            )
-        elif vipa.KEY_VALUES == "language":
-            generator = LinguisticExpression(**common, num_layers=vipa.LANGUAGE_LAYERS)
-        else:
-            raise ValueError(
-                f"MODEL.VIPA.KEY_VALUES is {vipa.KEY_VALUES!r}, not visual or language"
+                **common, vision_dim=encoder.dims[-1], **arguments(vipa.GENERATOR)
             )
         return {
             **super().from_config(cfg),
@@ -115,18 +99,11 @@ class VIPA(ReferringSegmenter):
             "generator": generator,
             "decoder": VIPADecoder(
                 in_dims=encoder.dims,
-                dim=vipa.DIM,
-                num_heads=vipa.NUM_HEADS,
-                mlp_ratio=vipa.DECODER.MLP_RATIO,
-                attention_stages=vipa.DECODER.ATTENTION_STAGES,
-                num_convs=vipa.DECODER.NUM_CONVS,
-                norm=vipa.DECODER.NORM,
+                **arguments(vipa, "DIM", "NUM_HEADS"),
+                **arguments(vipa.DECODER),
             ),
-            "bce_weight": vipa.BCE_WEIGHT,
-            "dice_weight": vipa.DICE_WEIGHT,
-            "relevance_loss": vipa.RELEVANCE_LOSS,
-            "relevance_weight": vipa.RELEVANCE_WEIGHT,
-            "learn_relevance_temperature": vipa.LEARN_RELEVANCE_TEMPERATURE,
+            **arguments(vipa, "BCE_WEIGHT", "DICE_WEIGHT", "RELEVANCE_LOSS", "RELEVANCE_WEIGHT"),
+            **arguments(vipa, "LEARN_RELEVANCE_TEMPERATURE"),
         }
 
     def encode_images(self, images: Tensor, views: dict[str, Tensor]) -> Any:
@@ -143,10 +120,10 @@ class VIPA(ReferringSegmenter):
         maps, text = self.encoder(features, image_index, input_ids, text_mask)
         size = maps[-1].shape[-2:]
         expression = self.generator(maps[-1].flatten(2).transpose(1, 2), text, input_ids, text_mask)
-        logits, pixels = self.decoder(maps, expression.tokens, expression.keep)
+        logits, pixels = self.decoder(maps, expression.tokens, expression.attn_mask)
         # An existence head is our addition. Language tokens have not seen the image without fusion; the
         # decoder's pixels know both.
-        evidence = [pixels.amax((2, 3)), _mean(expression.tokens, expression.keep)]
+        evidence = [pixels.amax((2, 3)), _mean(expression.tokens, expression.attn_mask)]
         outputs = {"mask_logits": logits, "sentence": torch.cat(evidence, 1)}
         for name in ("relevance", "retrieved"):
             rows = getattr(expression, name)
@@ -182,8 +159,8 @@ class VIPA(ReferringSegmenter):
         return 1 - (2 * overlap + 1) / (total + 1)
 
 
-def _mean(tokens: Tensor, keep: Tensor | None) -> Tensor:
+def _mean(tokens: Tensor, attn_mask: Tensor | None) -> Tensor:
     """(E, K, D), bool (E, K) -> (E, D)"""
-    if keep is None:
+    if attn_mask is None:
         return tokens.mean(1)
-    return (tokens * keep[..., None]).sum(1) / keep.sum(1, keepdim=True)
+    return (tokens * attn_mask[..., None]).sum(1) / attn_mask.sum(1, keepdim=True)

@@ -4,7 +4,6 @@ from detectron2.modeling import build_model
 
 from ris_d2 import load_config
 from ris_d2.modeling.asda import ASDA
-from ris_d2.modeling.asda.blocks import Norm, UpsamplingBlock
 
 LEAF = "configs/asda_clip_vit_b.yaml"
 VARIANTS = {
@@ -164,7 +163,6 @@ def test_the_end_token_is_the_last_real_one(tiny_cfg):
         ("ALIGNER", "triple", "ALIGNER is 'triple'"),
         ("DECODER", "deep", "DECODER is 'deep'"),
         ("RESPONSES", "gelu", "RESPONSES is 'gelu'"),
-        ("UPSAMPLING", "cubic", "UPSAMPLING is 'cubic'"),
     ],
 )
 def test_wrong_values_are_named(key, value, message, tiny_cfg):
@@ -221,17 +219,3 @@ def test_bfloat16_stays_near_fp32(tiny_cfg, make_inputs):
     sum(losses.values()).backward()
     assert {n: loss.item() for n, loss in losses.items()} == pytest.approx(expected, rel=0.03)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
-
-
-def test_phases_are_the_same_function():
-    torch.manual_seed(0)
-    block = UpsamplingBlock(3, 5, phases=False, norm=Norm(name="BN"))
-    x, outputs, gradients = torch.randn(2, 3, 4, 6), [], []
-    for block.phases in (False, True):
-        block.zero_grad()
-        outputs.append(block(x))
-        outputs[-1].square().sum().backward()
-        gradients.append(block[0].weight.grad.clone())
-    assert outputs[1].shape == (2, 5, 8, 12)
-    assert torch.allclose(*outputs, atol=1e-5)
-    assert torch.allclose(*gradients, atol=1e-3)

@@ -57,7 +57,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        tensors = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(x)]
+        tensors = [
+            x for x in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(x)
+        ]
         self.elements = max([self.elements, *(x.numel() for x in tensors)])
         return out
 

@@ -7,7 +7,7 @@ from ris_d2.modeling.deris.cognition import (
     CognitionLayer,
     ExistenceDecoder,
     released_positions,
-    sine_positions,
+    sine_position_1d,
 )
 
 
@@ -20,7 +20,7 @@ def test_released_positions_are_those_of_the_released_code():
 
 
 def test_sine_positions_have_falling_frequencies():
-    positions = sine_positions(5, 8)
+    positions = sine_position_1d(5, 8)
     assert torch.allclose(positions[:, 0], torch.arange(5.0).sin())
     assert positions[4, 6].item() == pytest.approx(math.sin(4 * 1e4 ** (-3 / 4)), rel=1e-5)
 

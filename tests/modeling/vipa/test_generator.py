@@ -113,15 +113,15 @@ def test_gumbel_noise_has_its_mean_and_deviation(inputs, monkeypatch):
 
 
 def test_pads_and_excluded_words_are_no_cues(inputs):
-    assert make()(*inputs).keep.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
-    keep = make(excluded_ids=(ARTICLE, SEP))(*inputs).keep
-    assert keep.tolist() == [[True, True, False, True, False], [True] + [False] * 4]
-    keep = make(cues="global")(*inputs).keep
-    assert keep.tolist() == [[True] + [False] * 4] * 2
-    keep = make(cues="local")(*inputs).keep
-    assert keep.tolist() == [[False] + [True] * 4, [False, True, True, False, False]]
-    keep = make(cues="local", excluded_ids=(ARTICLE, SEP))(*inputs).keep
-    assert keep[1].tolist() == [True, True, True, False, False]  # nothing else would be left
+    assert make()(*inputs).attn_mask.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
+    attn_mask = make(excluded_ids=(ARTICLE, SEP))(*inputs).attn_mask
+    assert attn_mask.tolist() == [[True, True, False, True, False], [True] + [False] * 4]
+    attn_mask = make(cues="global")(*inputs).attn_mask
+    assert attn_mask.tolist() == [[True] + [False] * 4] * 2
+    attn_mask = make(cues="local")(*inputs).attn_mask
+    assert attn_mask.tolist() == [[False] + [True] * 4, [False, True, True, False, False]]
+    attn_mask = make(cues="local", excluded_ids=(ARTICLE, SEP))(*inputs).attn_mask
+    assert attn_mask[1].tolist() == [True, True, True, False, False]  # nothing else would be left
 
 
 def test_excluded_words_do_not_change_the_others(inputs):
@@ -135,7 +135,7 @@ def test_excluded_words_do_not_change_the_others(inputs):
 
 
 class WithoutSharing(torch.nn.Module):
-    def forward(self, x, keep):
+    def forward(self, x, attn_mask):
         return x
 
 
@@ -160,7 +160,7 @@ def test_without_a_step(inputs):
     vision = inputs[0]
     no_retrieval = make(retrieve=False)
     expression = no_retrieval(*inputs)
-    assert expression.tokens.shape == (2, 10, 8) and expression.keep is None
+    assert expression.tokens.shape == (2, 10, 8) and expression.attn_mask is None
     assert expression.retrieved is None and no_retrieval.log_temperature is None
     no_refinement = make(refine=False).eval()
     expression = no_refinement(*inputs)

@@ -88,9 +88,9 @@ def test_multiply_adds_of_generator_and_decoder(encoder, generator, decoder):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         expression = run(visual, text, ids, ids == 0)
     assert counter.get_total_flops() / 2e9 == pytest.approx(generator, rel=0.01)
-    tokens, keep = expression.tokens.to("meta"), expression.keep.to("meta")
+    tokens, mask = expression.tokens.to("meta"), expression.attn_mask.to("meta")
     with FlopCounterMode(display=False) as counter:
-        model.decoder(maps, tokens, keep)
+        model.decoder(maps, tokens, mask)
     assert counter.get_total_flops() / 2e9 == pytest.approx(decoder, rel=0.01)
 
 
