@@ -32,8 +32,9 @@ class ReferringSegmenter(nn.Module):
     A part that ``freeze`` names is frozen as the method's constructor assigns it.
     """
 
-    # MODEL.INIT source -> path of the sub-module that its weights fill, e.g. {"beit3": "encoder"}, or
-    # the children that one file fills, as its converter names them: {"clip": ("vision", "text")}.
+    # MODEL.INIT source -> path of the sub-module that its weights fill, e.g. {"beit3":
+    # "encoder"}, or the children that one file fills, as its converter names them:
+    # {"clip": ("vision", "text")}.
     weight_parts: Mapping[str, str | tuple[str, ...]] = {}
     # Methods that mask padded tokens everywhere may have them cut off before they compute anything.
     trims_text = False
@@ -263,7 +264,8 @@ class ReferringSegmenter(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if isinstance(value, nn.Module):
-            # Here, so that optimizer and DDP, whoever builds them, find frozen what is to be frozen.
+            # Here, so that optimizer and DDP, whoever builds them, find frozen what is to
+            # be frozen.
             self._freeze(part for part in self.freeze if part.split(".")[0] == name)
 
     def train(self, mode: bool = True) -> "ReferringSegmenter":
@@ -292,7 +294,8 @@ class ReferringSegmenter(nn.Module):
     def _training_step(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
         text = self._collate_text(batched_inputs)
         images, views = self._collate_images(batched_inputs)
-        # Before the forward pass: a GPU copies them while it computes, and the losses need not wait.
+        # Before the forward pass: a GPU copies them while it computes, and the losses
+        # need not wait.
         targets = self.prepare_targets(batched_inputs)
         with self._autocast():
             outputs = self._segment(self.encode_images(images, views), *text)

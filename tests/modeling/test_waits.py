@@ -53,11 +53,7 @@ def build(method):
 
 def count(log):
     """What was waited for -> how often, in the lines of ris_d2 whose file is named."""
-    return {
-        (what, place.split(":")[0]): number
-        for (what, place), number in log.waits.items()
-        if "sam_vit" not in place  # transformers' relative positions
-    }
+    return {(what, place.split(":")[0]): number for (what, place), number in log.waits.items()}
 
 
 @pytest.mark.parametrize("method", METHODS)

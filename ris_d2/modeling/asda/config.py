@@ -28,8 +28,9 @@ def add_asda_config(cfg: CN) -> None:
     # layer: [CLS] of layer l meets the sentence in layer l of the text encoder (released); final:
     # it meets f_E (Eq. 1).
     cfg.MODEL.ASDA.SELECTION.TEXT = "layer"
-    # Scale-wise Feature Aggregator: released (levels enlarged, top down) | paper (levels shrunk,
-    # bottom up, Eq. 5) | concat (one scale, after CRIS, Table 2 b, c) | none (F_G alone, Table 2 a).
+    # Scale-wise Feature Aggregator: released (levels enlarged, top down) | paper (levels
+    # shrunk, bottom up, Eq. 5) | concat (one scale, after CRIS, Table 2 b, c) | none (F_G
+    # alone, Table 2 a).
     cfg.MODEL.ASDA.AGGREGATOR = "released"
     # Words: dual (they weight the response masks, Fig. 3) | single (the pixels read them, then one
     # mask; Table 2 e) | none (no attention at all; Table 2 a to d).

@@ -50,8 +50,8 @@ def _add_plain_transformers(cfg: CN) -> None:
     # scratch on small data).
     cfg.MODEL.RIS.CLIP_VIT.STEM = "patch"
 
-    # RISSAMViT backbone; defaults are SAM ViT-H (L: 1024, 24, 16, blocks 5 11 17 23; B: 768, 12, 12,
-    # blocks 2 5 8 11).
+    # RISSAMViT backbone; defaults are SAM ViT-H (L: 1024, 24, 16, blocks 5 11 17 23; B:
+    # 768, 12, 12, blocks 2 5 8 11).
     cfg.MODEL.RIS.SAM = CN()
     cfg.MODEL.RIS.SAM.EMBED_DIM = 1280
     cfg.MODEL.RIS.SAM.DEPTH = 32
@@ -65,7 +65,8 @@ def _add_plain_transformers(cfg: CN) -> None:
     cfg.MODEL.RIS.SAM.STEM = "patch"
     cfg.MODEL.RIS.SAM.NECK = False  # one more feature, neck: what SAM's own mask decoder reads
 
-    # RISViT backbone: a ViT of timm, and the blocks (0-based) whose outputs are the features block<i>.
+    # RISViT backbone: a ViT of timm, and the blocks (0-based) whose outputs are the
+    # features block<i>.
     cfg.MODEL.RIS.VIT = CN()
     cfg.MODEL.RIS.VIT.NAME = "vit_base_patch16_224"
     cfg.MODEL.RIS.VIT.OUT_BLOCKS = (5, 8, 11)

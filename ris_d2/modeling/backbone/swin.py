@@ -27,7 +27,8 @@ Partition = tuple[Tensor, Tensor, Tensor | None]
 PATCH_SIZE = 4
 MLP_RATIO = 4
 _FEATURES = ("res2", "res3", "res4", "res5")
-# What the released models add to the logits of two tokens that only the cyclic shift made neighbours.
+# What the released models add to the logits of two tokens that only the cyclic shift made
+# neighbours.
 _MASKED = -100.0
 
 

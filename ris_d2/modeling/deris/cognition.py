@@ -69,7 +69,8 @@ class CognitionLayer(nn.Module):
         self.instance_norm = nn.LayerNorm(dim)
         self.instance_text = TextDecoderLayer(dim=dim, num_heads=num_heads, ffn_dim=ffn_dim)
         self.fusion = nn.Linear(2 * dim, dim)
-        # As released: Mask2Former's self-attention, and an attention to words of plain linear layers.
+        # As released: Mask2Former's self-attention, and an attention to words of plain
+        # linear layers.
         nn.init.xavier_uniform_(self.instance_attention.out.weight)
         for layer in self.instance_text.text_attention.children():
             layer.reset_parameters()

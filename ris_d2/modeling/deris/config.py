@@ -16,19 +16,20 @@ def add_deris_config(cfg: CN) -> None:
     cfg.MODEL.DERIS.PIXEL_DECODER_LAYERS = 6  # deformable encoder layers
     cfg.MODEL.DERIS.PIXEL_DECODER_FFN_DIM = 1024
     cfg.MODEL.DERIS.ROUNDS = 3  # N_r, perception layers
-    # Order of perception and cognition layers, which hand the queries on. loopback: a cognition layer
-    # before the first perception layer and after each. Ours, for want of released code: p_to_c (all
-    # perception layers, then one cognition layer), c_to_p (one cognition layer on the initial queries,
-    # then all perception layers), hierarchical (p_to_c with f_v added at each level of the pixel
-    # decoder).
+    # Order of perception and cognition layers, which hand the queries on. loopback: a
+    # cognition layer before the first perception layer and after each. Ours, for want of
+    # released code: p_to_c (all perception layers, then one cognition layer), c_to_p (one
+    # cognition layer on the initial queries, then all perception layers), hierarchical
+    # (p_to_c with f_v added at each level of the pixel decoder).
     cfg.MODEL.DERIS.QUERY_FLOW = "loopback"
     # f_v in f_m = Conv(Concat(f_h4, f_v)); False: f_h4 alone
     cfg.MODEL.DERIS.VISUAL_FEATURES = True
-    # What an instance attends in a cognition layer. queries: the other queries of its expression, told
-    # apart by mask priors, as the paper says. released: for released weights. By swapped axes, the
-    # released code lets query n attend query n of the other expressions in the batch: of 16 in
-    # training and in the published evaluation on RefCOCO, of one, itself, in that on gRefCOCO. Here
-    # it is the batch in training; in evaluation, where no result may depend on other sentences, itself.
+    # What an instance attends in a cognition layer. queries: the other queries of its
+    # expression, told apart by mask priors, as the paper says. released: for released
+    # weights. By swapped axes, the released code lets query n attend query n of the other
+    # expressions in the batch: of 16 in training and in the published evaluation on
+    # RefCOCO, of one, itself, in that on gRefCOCO. Here it is the batch in training; in
+    # evaluation, where no result may depend on other sentences, itself.
     cfg.MODEL.DERIS.INSTANCE_ATTENTION = "queries"
     # Positions that the cognition layers add to words: sine, or released: its frequencies are cast
     # to integers, so that all but the first are 0; released weights need it.
@@ -53,6 +54,6 @@ def add_deris_config(cfg: CN) -> None:
     # Weight of a query that is not referred to in the two-class cross-entropy. 0.1: released code.
     # 1.0: the paper's text, since a two-class cross-entropy without weights is the binary one.
     cfg.MODEL.DERIS.NOT_REFERRED_WEIGHT = 0.1
-    # P, points per mask in matching and loss; of those of the loss, three quarters are the most uncertain
-    # of three times as many.
+    # P, points per mask in matching and loss; of those of the loss, three quarters are
+    # the most uncertain of three times as many.
     cfg.MODEL.DERIS.NUM_POINTS = 12544

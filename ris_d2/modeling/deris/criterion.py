@@ -212,7 +212,8 @@ class DeRISCriterion(nn.Module):
         probabilities = logits.sigmoid()
         overlap = (probabilities * truths).sum(1)
         dice = 1 - (2 * overlap + 1) / (probabilities.sum(1) + truths.sum(1) + 1)
-        # Released: at least 1. With fewer targets than processes that would not be one process' loss.
+        # Released: at least 1. With fewer targets than processes that would not be one
+        # process' loss.
         count = mean_over_processes(len(masks), logits.device)
         return bce.view(matched.shape).sum(1) / count, dice.view(matched.shape).sum(1) / count
 

@@ -136,7 +136,8 @@ class DeRIS(ReferringSegmenter):
     ) -> tuple[Tensor, Tensor, Tensor, list[Instances | None]]:
         """Union of the queries whose score exceeds T_ref; the result's score is the existence probability."""
         existence, scores, chosen = self._choose(outputs, rows, inputs)
-        # A wait for the GPU: of ten queries one or two are chosen, and only their masks are restored.
+        # A wait for the GPU: of ten queries one or two are chosen, and only their masks
+        # are restored.
         wanted = torch.ones(chosen.shape) if self.return_instances else chosen.cpu()
         expressions, queries = wanted.nonzero().T.to(chosen.device, non_blocking=True)
         logits = outputs["rounds"][-1]["mask_logits"][rows]

@@ -180,8 +180,8 @@ class PerceptionBranch(nn.Module):
         self.visual_proj = None
         if reads_visual:
             self.visual_proj = nn.Conv2d(dim, dim, 1, bias=False)
-            # Together they are one convolution that reads 2 C channels; its weights would be initialised
-            # smaller by sqrt(2).
+            # Together they are one convolution that reads 2 C channels; its weights would
+            # be initialised smaller by sqrt(2).
             with torch.no_grad():
                 for parameter in (*self.mask_proj.parameters(), *self.visual_proj.parameters()):
                     parameter.mul_(0.5**0.5)

@@ -16,8 +16,8 @@ def add_risam_config(cfg: CN) -> None:
     # What Fig. 3's caption calls "Pos. Enc." of the words: sine | learned | none (ours: sine).
     cfg.MODEL.RISAM.LANG_POS_ENC = "sine"
     cfg.MODEL.RISAM.MASK_PAD = True  # no attention reads padded words (ours)
-    # Feature Enhancement. TYPE: fusion | linear (last feature, projected; Table 2 #1) | identity (last
-    # feature as it is; Table 11) | vitdet (pyramid of the last feature; Table 6).
+    # Feature Enhancement. TYPE: fusion | linear (last feature, projected; Table 2 #1) | identity
+    # (last feature as it is; Table 11) | vitdet (pyramid of the last feature; Table 6).
     cfg.MODEL.RISAM.FE = CN()
     cfg.MODEL.RISAM.FE.TYPE = "fusion"
     cfg.MODEL.RISAM.FE.MLP_LAYERS = 2  # linear layers per MLP (ours)
@@ -50,6 +50,6 @@ def add_risam_config(cfg: CN) -> None:
     cfg.MODEL.RISAM.FOCAL_WEIGHT = 0.5  # omega_f
     cfg.MODEL.RISAM.FOCAL_GAMMA = 2.0  # gamma
     cfg.MODEL.RISAM.DICE_WEIGHT = 0.5  # omega_d
-    # Added to both sides of Eq. 11's fraction, which is printed without (ours). Far below a pixel, so
-    # that the loss of an empty target is constant; 1 lets it teach, too.
+    # Added to both sides of Eq. 11's fraction, which is printed without (ours). Far below
+    # a pixel, so that the loss of an empty target is constant; 1 lets it teach, too.
     cfg.MODEL.RISAM.DICE_SMOOTH = 1e-6

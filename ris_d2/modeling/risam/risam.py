@@ -78,7 +78,8 @@ class RISAM(ReferringSegmenter):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         risam = cfg.MODEL.RISAM
-        # torch's synchronised BatchNorm refuses the CPU. This one weighs processes by their expressions.
+        # torch's synchronised BatchNorm refuses the CPU. This one weighs processes by
+        # their expressions.
         on_cpu = risam.NORM == "SyncBN" and cfg.MODEL.DEVICE == "cpu"
         norm = "naiveSyncBN_N" if on_cpu else risam.NORM
         backbone, text = build_backbone(cfg), build_text_encoder(cfg)

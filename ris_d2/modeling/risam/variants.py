@@ -264,14 +264,14 @@ class SAMMaskDecoder(nn.Module):
         )
         self.mask_decoder.iou_prediction_head.requires_grad_(False)
         self.mask_decoder.output_hypernetworks_mlps[1:].requires_grad_(False)
-        # transformers has no argument for prompts that are padding: every attention whose keys are the
-        # tokens is told here which of them are words.
+        # transformers has no argument for prompts that are padding: every attention whose
+        # keys are the tokens is told here which of them are words.
         self._keep: Tensor | None = None
         for layer in self.mask_decoder.transformer.layers:
             for attention in (layer.self_attn, layer.cross_attn_image_to_token):
                 attention.register_forward_pre_hook(self._mask_pads, with_kwargs=True)
-        # Fixed parts of SAM's prompt encoder: random Fourier features of positions, and what stands for
-        # "no mask is given".
+        # Fixed parts of SAM's prompt encoder: random Fourier features of positions, and
+        # what stands for "no mask is given".
         self.register_buffer("position_frequencies", torch.randn(2, dim // 2))
         self.register_buffer("no_mask", torch.zeros(1, dim))
 

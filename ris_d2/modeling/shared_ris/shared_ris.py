@@ -59,7 +59,8 @@ class SharedRIS(ReferringSegmenter):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         shared = cfg.MODEL.SHARED_RIS
-        # h_j is the output of layer j as it is (Eq. 4 and 5): the encoder's last LayerNorm is not used.
+        # h_j is the output of layer j as it is (Eq. 4 and 5): the encoder's last
+        # LayerNorm is not used.
         build = backbone_class(cfg, RISBEiT3)
         encoder = build(**build.from_config(cfg), final_norm=False)
         known = ("mask", "input")

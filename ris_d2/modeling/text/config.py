@@ -15,7 +15,8 @@ def add_text_config(cfg: CN) -> None:
     cfg.MODEL.RIS.TEXT.CLIP.DEPTH = 12
     cfg.MODEL.RIS.TEXT.CLIP.NUM_HEADS = 8
     cfg.MODEL.RIS.TEXT.CLIP.VOCAB_SIZE = 49408
-    # Random weights: released (replaced by pretrained weights) | scratch (Xavier, wider words; ours).
+    # Random weights: released (replaced by pretrained weights) | scratch (Xavier, wider
+    # words; ours).
     cfg.MODEL.RIS.TEXT.CLIP.INIT = "released"
 
     # RISBert text encoder; defaults are bert-base-uncased.
@@ -29,8 +30,8 @@ def add_text_config(cfg: CN) -> None:
     # ours).
     cfg.MODEL.RIS.TEXT.BERT.INIT = "released"
 
-    # Any causal language model of transformers: folder or name on the hub; PRETRAINED False reads its
-    # config.json only. Its tokenizer: INPUT.RIS.TOKENIZER KIND hf.
+    # Any causal language model of transformers: folder or name on the hub; PRETRAINED
+    # False reads its config.json only. Its tokenizer: INPUT.RIS.TOKENIZER KIND hf.
     cfg.MODEL.RIS.TEXT.CAUSAL_LM = CN()
     cfg.MODEL.RIS.TEXT.CAUSAL_LM.PATH = ""
     cfg.MODEL.RIS.TEXT.CAUSAL_LM.PRETRAINED = True

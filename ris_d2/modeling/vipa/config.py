@@ -22,10 +22,10 @@ def add_vipa_config(cfg: CN) -> None:
     cfg.MODEL.VIPA.GENERATOR = CN()
     cfg.MODEL.VIPA.GENERATOR.JOINT_DIM = 512  # output of phi^V and phi^L
     cfg.MODEL.VIPA.GENERATOR.RATIO = 0.3  # r (Fig. 4)
-    # Gumbel noise g of the retrieval in training. temperature: softmax(S_c / tau + g), where tau weighs
-    # cosines against noise. scores: softmax((S_c + g) / tau), Eq. 2 to the letter: noise of standard
-    # deviation 1.28 whatever tau is, so that cosines of +-0.1 retrieve hardly better than chance
-    # (34 of 100 tokens on target, by chance 30; temperature 0.07: 97).
+    # Gumbel noise g of the retrieval in training. temperature: softmax(S_c / tau + g), where
+    # tau weighs cosines against noise. scores: softmax((S_c + g) / tau), Eq. 2 to the letter:
+    # noise of standard deviation 1.28 whatever tau is, so that cosines of +-0.1 retrieve hardly
+    # better than chance (34 of 100 tokens on target, by chance 30; temperature 0.07: 97).
     cfg.MODEL.VIPA.GENERATOR.NOISE = "temperature"
     cfg.MODEL.VIPA.GENERATOR.TAU_INIT = 0.07  # tau at the start; it is learned (ours)
     cfg.MODEL.VIPA.GENERATOR.CUES = "both"  # both | global ([CLS]) | local (the others): Table VI b

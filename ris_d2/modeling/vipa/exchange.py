@@ -35,8 +35,8 @@ class VisionReadsLanguage(nn.Module):
         self.value = nn.Linear(text_dim, dim)
         self.out = nn.Linear(dim, vision_dim, bias=False)
         self.mix = nn.Linear(vision_dim, vision_dim)
-        # As CrossVLT starts: what it writes as 1x1 convolutions (v_q, w_v, project_mm) by Kaiming, all
-        # other linear layers, gates included, by BERT's and Swin's 0.02.
+        # As CrossVLT starts: what it writes as 1x1 convolutions (v_q, w_v, project_mm) by
+        # Kaiming, all other linear layers, gates included, by BERT's and Swin's 0.02.
         for layer in (self.query, self.out, self.mix):
             nn.init.kaiming_normal_(layer.weight)
         for layer in (self.key, self.value):
@@ -59,8 +59,8 @@ class Gate(nn.Module):
 
     def __init__(self, *, dim: int):
         super().__init__()
-        # CrossVLT sets both to zero in its constructor, where neither would ever get a gradient, and
-        # then overwrites them.
+        # CrossVLT sets both to zero in its constructor, where neither would ever get a
+        # gradient, and then overwrites them.
         self.layers = nn.Sequential(
             nn.Linear(dim, dim, bias=False),
             nn.ReLU(),

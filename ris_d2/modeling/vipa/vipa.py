@@ -121,8 +121,8 @@ class VIPA(ReferringSegmenter):
         size = maps[-1].shape[-2:]
         expression = self.generator(maps[-1].flatten(2).transpose(1, 2), text, input_ids, text_mask)
         logits, pixels = self.decoder(maps, expression.tokens, expression.attn_mask)
-        # An existence head is our addition. Language tokens have not seen the image without fusion; the
-        # decoder's pixels know both.
+        # An existence head is our addition. Language tokens have not seen the image
+        # without fusion; the decoder's pixels know both.
         evidence = [pixels.amax((2, 3)), _mean(expression.tokens, expression.attn_mask)]
         outputs = {"mask_logits": logits, "sentence": torch.cat(evidence, 1)}
         for name in ("relevance", "retrieved"):
@@ -148,8 +148,8 @@ class VIPA(ReferringSegmenter):
             if self.log_relevance_temperature is not None:
                 scores = scores / self.log_relevance_temperature.exp()
             return mask_bce(resize_maps(scores, masks.shape[-2:]), masks)
-        # The paper does not define "direct thresholding": sigma(s) > 0.5 is s > 0, its gradient that
-        # of sigma(s), and of the two mask losses only dice is finite on a binary map.
+        # The paper does not define "direct thresholding": sigma(s) > 0.5 is s > 0, its gradient
+        # that of sigma(s), and of the two mask losses only dice is finite on a binary map.
         soft = scores.sigmoid()
         binary = (scores > 0).float() + soft - soft.detach()
         # The share of each cell that is on target: a target smaller than a cell must not vanish.
