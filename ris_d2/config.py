@@ -220,8 +220,10 @@ def _add_model_keys(cfg: CN) -> None:
     cfg.MODEL.SAVE_FROZEN = True
 
     cfg.MODEL.RIS = CN()
-    # fp32 | bf16 | fp16 (GPU only): autocast around the whole forward. SOLVER.AMP.ENABLED makes fp32
-    # fp16.
+    # fp32 | bf16 | fp16 (GPU only): autocast around the whole forward. auto: bf16 where the hardware
+    # multiplies it faster (CUDA 8.0 and later; CPUs with AMX or AVX512-BF16) and the model has 10 M
+    # parameters or more, else fp32; Predictor's choice, whatever a recipe trains with.
+    # SOLVER.AMP.ENABLED makes fp32 fp16.
     cfg.MODEL.RIS.PRECISION = "fp32"
     # Parts without gradient, {part: eval | train}: the mode says whether dropout, DropPath and
     # BatchNorm behave as in evaluation or as in training. none: a _BASE_ freezes it, this does not.
@@ -280,6 +282,9 @@ def _add_solver_keys(cfg: CN) -> None:
     # Training ends once so many evaluations (every TEST.EVAL_PERIOD iterations) in a row were not better
     # than model_best.pth; 0 = never.
     cfg.SOLVER.RIS.PATIENCE = 0
+    # fp32 matrix products of a training on a GPU in TensorFloat-32, with 10 bits of mantissa: several
+    # times faster. Convolutions are, as PyTorch's default. Nothing changes on a CPU.
+    cfg.SOLVER.RIS.TF32 = False
     # Micro-batches per optimizer step. SOLVER.IMS_PER_BATCH counts the units of the whole step.
     cfg.SOLVER.RIS.ACCUMULATION = 1
 

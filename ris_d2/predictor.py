@@ -17,6 +17,8 @@ from .checkpoint import RISCheckpointer
 from .data.images import read_image, to_rgb
 from .data.mapper import ReferringMapper
 from .masks import encode
+from .modeling.options import check_choice
+from .modeling.segmenter import PRECISIONS
 
 __all__ = ["Predictor", "Results", "Session", "load_rgb"]
 
@@ -108,19 +110,24 @@ class Predictor:
         mapper: makes its input.
     """
 
-    def __init__(self, cfg: CfgNode, *, use_init: bool = True) -> None:
+    def __init__(self, cfg: CfgNode, *, use_init: bool = True, precision: str = "auto") -> None:
         """
         Args:
             cfg: the weights are MODEL.WEIGHTS.
             use_init: let MODEL.INIT fill what MODEL.WEIGHTS leaves open.
+            precision: auto (what is fastest here, see MODEL.RIS.PRECISION), fp32, bf16 or fp16; what
+                the config says is for training.
 
         Raises:
             FileNotFoundError, ValueError: weights or tokenizer that are missing or of another model.
+            ValueError: an unknown precision.
         """
         self.cfg = cfg = cfg.clone()
         cfg.defrost()
         cfg.TEST.RESOLUTION = ()
         self.model = build_model(cfg).eval()
+        check_choice("precision", precision, PRECISIONS)
+        self.model.precision = precision
         init = cfg.MODEL.INIT if use_init else ()
         RISCheckpointer(self.model, init=init).load(cfg.MODEL.WEIGHTS)
         if not cfg.MODEL.WEIGHTS:
@@ -130,14 +137,20 @@ class Predictor:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike, options: Sequence[str] = (), *, modules: Sequence[str] = ()
+        cls,
+        name: str | os.PathLike,
+        options: Sequence[str] = (),
+        *,
+        modules: Sequence[str] = (),
+        precision: str = "auto",
     ) -> "Predictor":
         """A trained model: a folder of ``save_pretrained``, a name of the zoo (docs/weights.md), or
         ``organisation/repository[@revision]`` of such a folder on the Hugging Face hub.
 
         A folder needs no network. For arguments and errors see :func:`ris_d2.hub.find_config`.
         """
-        return cls(hub.find_config(name, options, modules=modules), use_init=False)
+        cfg = hub.find_config(name, options, modules=modules)
+        return cls(cfg, use_init=False, precision=precision)
 
     def save_pretrained(
         self,

@@ -61,6 +61,7 @@ class Trainer(DefaultTrainer):
             super().__init__(cfg)
         ris = self.cfg.SOLVER.RIS
         fp16 = self.cfg.MODEL.RIS.PRECISION == "fp16"
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if ris.TF32 else "ieee"
         self._trainer = StepTrainer(
             self.model,
             self.data_loader,

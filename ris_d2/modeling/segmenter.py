@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from .layers import ExistenceHead, resize_maps
 from .options import arguments, check_choice
 from .losses import mean_over_processes
+from .precision import fastest_precision
 from .postprocessing import MASK_ORDERS, NO_TARGET_RULES, restore_masks, says_nothing
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ReferringSegmenter(nn.Module):
@@ -64,7 +65,7 @@ class ReferringSegmenter(nn.Module):
         Args:
             pixel_mean, pixel_std: per RGB channel, in 0..255.
             input_size: (height, width) that smaller images are padded to with zeros after normalisation.
-            precision: fp32, bf16 or fp16; the autocast dtype of the forward pass.
+            precision: fp32, bf16, fp16 or auto; the autocast dtype of the forward pass.
             freeze: part -> "eval" or "train": parts without gradients and the mode they stay in; "none":
                 a part that a config's _BASE_ freezes and the config does not.
             no_target: none, area or head; see MODEL.RIS.NO_TARGET.
@@ -82,7 +83,7 @@ class ReferringSegmenter(nn.Module):
                 frozen part.
         """
         super().__init__()
-        check_choice("MODEL.RIS.PRECISION", precision, _DTYPES)
+        check_choice("MODEL.RIS.PRECISION", precision, PRECISIONS)
         check_choice("MODEL.RIS.NO_TARGET", no_target, NO_TARGET_RULES)
         check_choice("MODEL.RIS.MASK_ORDER", mask_order, MASK_ORDERS)
         check_choice("MODEL.RIS.TARGET_RESIZING", target_resizing, ("area", "nearest"))
@@ -455,7 +456,9 @@ class ReferringSegmenter(nn.Module):
         return F.pad(masks, (0, width - masks.shape[-1], 0, height - masks.shape[-2]))
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        dtype = _DTYPES[self.precision]
+        if self.precision == "auto":  # asked now, when the device is known
+            self.precision = fastest_precision(self, self.device)
+        dtype = PRECISIONS[self.precision]
         if dtype is None:
             return contextlib.nullcontext()
         if dtype is torch.float16 and self.device.type == "cpu":

@@ -10,6 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from ..backbone import RISCLIPViT, backbone_class
+from ..layers import mask_product
 from ..losses import FocalAndDice
 from ..options import arguments, check_choice
 from ..segmenter import ReferringSegmenter
@@ -183,7 +184,7 @@ class ASDA(ReferringSegmenter):
             return outputs
         responses = masks.sigmoid() if self.sigmoid_responses else F.relu(masks, inplace=True)  # M'
         weights = self.coefficients(fine)
-        outputs["mask_logits"] = torch.einsum("enhw,en->ehw", responses, weights)  # Eq. 10
+        outputs["mask_logits"] = mask_product(responses, weights)  # Eq. 10
         return outputs
 
     def _read_and_select(

@@ -131,7 +131,9 @@ class VisionEmbedding(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 1 + (H/p)(W/p), dim)"""
         patches = self.proj(images).flatten(2).transpose(1, 2)
-        return torch.cat([self.cls_token.expand(images.shape[0], -1, -1).to(patches), patches], 1)
+        # Not in half precision under autocast: what the layers add to it would be rounded each time.
+        patches = patches.to(self.cls_token.dtype)
+        return torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], 1)
 
 
 @BACKBONE_REGISTRY.register()
@@ -214,7 +216,7 @@ class RISBEiT3(Backbone):
         if tuple(images.shape[-2:]) != self.image_size:
             raise ValueError(f"images of {tuple(images.shape[-2:])}, built for {self.image_size}")
         tokens = self.vision_embed(images)
-        return tokens + self.encoder.positions("A", tokens.shape[1]).to(tokens)
+        return tokens + self.encoder.positions("A", tokens.shape[1])
 
     def embed_text(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
         """int64 (E, T), bool (E, T) -> tokens (E, T, d) with positions, zero where padded."""

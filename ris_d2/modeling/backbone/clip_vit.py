@@ -32,6 +32,7 @@ class PatchEmbedding(nn.Module):
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
         """(B, 3, H, W) -> (B, 1 + n, dim); named and called as transformers' embedding."""
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        patches = patches.to(self.class_embedding.dtype)  # autocast or not, as BEiT-3's
         first = self.class_embedding.expand(patches.shape[0], 1, -1).to(patches)
         return torch.cat([first, patches], 1) + self.position_embedding.to(patches)
 

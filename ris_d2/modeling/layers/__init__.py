@@ -3,7 +3,7 @@ from .constants import Constants
 from .existence import ExistenceHead
 from .init import init_xavier
 from .norm import instance_norm
-from .resize import resize_maps
+from .resize import mask_product, resize_maps
 
 __all__ = [
     "MLP",
@@ -12,5 +12,6 @@ __all__ = [
     "MultiheadAttention",
     "init_xavier",
     "instance_norm",
+    "mask_product",
     "resize_maps",
 ]

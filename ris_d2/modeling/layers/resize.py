@@ -1,5 +1,6 @@
-"""Resizing of mask maps, in training and in inference, in one place."""
+"""Masks from maps: products with a vector, and resizing in training and in inference."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,3 +27,13 @@ def resize_maps(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> 
     flat = maps.reshape(1, -1, *maps.shape[-2:])
     resized = F.interpolate(flat, size=tuple(size), mode=mode, **align)
     return resized.view(*maps.shape[:-2], *size)
+
+
+def mask_product(maps: Tensor, vectors: Tensor) -> Tensor:
+    """Mask logits (E, h, w) of maps (E, C, h, w) and vectors (E, C), in fp32 under autocast, too.
+
+    A sum of C products in half precision would move the mask's edge.
+    """
+    with torch.autocast(maps.device.type, enabled=False):
+        dtype = torch.promote_types(maps.dtype, torch.float32)
+        return torch.einsum("echw,ec->ehw", maps.to(dtype), vectors.to(dtype))

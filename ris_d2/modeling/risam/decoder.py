@@ -8,7 +8,7 @@ import torch
 from detectron2.layers import get_norm
 from torch import Tensor, nn
 
-from ..layers import MLP, MultiheadAttention
+from ..layers import MLP, MultiheadAttention, mask_product
 from .mutual_aware_attention import MutualFeatures
 
 
@@ -99,7 +99,7 @@ class MutualAwareMaskDecoder(nn.Module):
         token = tokens[:, 0]
         evidence = torch.cat([pixels.amax(1), token], 1)
         pixels = self.upsample(pixels.transpose(1, 2).unflatten(2, grid))
-        return torch.einsum("ec,echw->ehw", self.token_mlp(token), pixels), evidence
+        return mask_product(pixels, self.token_mlp(token)), evidence
 
 
 class DecoderBlock(nn.Module):

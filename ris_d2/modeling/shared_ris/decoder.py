@@ -1,10 +1,9 @@
 """The Shared Mask Decoder of Shared-RIS (Eq. 8 to 11)."""
 
-import torch
 from detectron2.layers import get_norm
 from torch import Tensor, nn
 
-from ..layers import MLP
+from ..layers import MLP, mask_product
 from ..layers.multiway import Streams, join, split
 from .fusion import ResidualMLP
 from .variants import build_fusion
@@ -47,7 +46,7 @@ class SharedMaskDecoder(nn.Module):
         vision, text = streams
         feature_map = vision[:, 1:].transpose(1, 2).unflatten(2, self.grid)  # F_0, without [CLS]
         sentence = text[:, 0]  # t_cls
-        logits = torch.einsum("edhw,ed->ehw", self.pixels(feature_map), self.sentence(sentence))
+        logits = mask_product(self.pixels(feature_map), self.sentence(sentence))
         return logits, sentence  # Eq. 11, no scale, no bias
 
 
