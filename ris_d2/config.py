@@ -28,6 +28,12 @@ _RENAMED = {
     "MODEL.RIS.SIGMOID_FIRST": ["MODEL.RIS.MASK_ORDER"],
     "MODEL.RIS.THRESHOLD_FIRST": ["MODEL.RIS.MASK_ORDER"],
 }
+# Former keys that configs which were written out have; they are passed over, with a warning.
+_GONE = (
+    *("MODEL.ASDA.UPSAMPLING", "MODEL.RISAM.FOCAL_ALPHA", "MODEL.RIS.BEIT3.MLP_RATIO"),
+    *("MODEL.RIS.TEXT.CLIP.NUM_POSITIONS", "MODEL.DERIS.OVERSAMPLE_RATIO"),
+    "MODEL.DERIS.IMPORTANCE_RATIO",
+)
 
 
 def get_ris_cfg() -> CN:
@@ -108,7 +114,7 @@ def _check_keys(
     node = cfg if node is None else node
     for key, value in values.items():
         name = f"{path}{key}"
-        if key not in node and not node.is_new_allowed():
+        if key not in node and not node.is_new_allowed() and not cfg.key_is_deprecated(name):
             known = list(_names(cfg))
             near = _RENAMED.get(name, [other for other in known if other.split(".")[-1] == key][:3])
             near = near or difflib.get_close_matches(name, known, 1, 0.8)
@@ -137,6 +143,9 @@ def add_ris_config(cfg: CN) -> None:
 
     detectron2's own keys stay as they are; configs/Base-RIS.yaml sets those that referring needs.
     """
+    for key in _GONE:
+        if not cfg.key_is_deprecated(key):
+            cfg.register_deprecated_key(key)
     _add_data_keys(cfg)
     _add_model_keys(cfg)
     _add_solver_keys(cfg)

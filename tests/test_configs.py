@@ -160,3 +160,10 @@ def test_every_key_is_read(tmp_path, monkeypatch):
             Recorder.of(load_config(str(CONFIGS / "instant_test" / "vipa.yaml"), options))
         )
     assert ours - Recorder.seen == set()
+
+
+def test_former_keys_of_a_written_config_are_passed_over(tmp_path, caplog):
+    path = tmp_path / "config.yaml"
+    path.write_text("MODEL: {RIS: {BEIT3: {MLP_RATIO: 4, DEPTH: 3}}, ASDA: {UPSAMPLING: direct}}\n")
+    assert load_config(str(path)).MODEL.RIS.BEIT3.DEPTH == 3
+    assert "MODEL.RIS.BEIT3.MLP_RATIO" in caplog.text and "MODEL.ASDA.UPSAMPLING" in caplog.text

@@ -84,13 +84,17 @@ def test_masks_under_bf16_agree(method, make_inputs, monkeypatch):
 
 
 def test_a_trained_model_draws_the_same_masks_in_bf16():
-    cfg, masks = load_config(example.CONFIG_FILE, example.OPTIONS), {}
+    masks = {}
     for name in ("fp32", "bf16"):
-        results = Predictor(cfg, precision=name)(example.SCENE, example.SENTENCES)
+        predictor = Predictor.from_pretrained("example", precision=name)
+        results = predictor(example.SCENE, example.SENTENCES)
         masks[name] = torch.stack([result["mask"] for result in results])
     overlap = (masks["fp32"] & masks["bf16"]).sum() / (masks["fp32"] | masks["bf16"]).sum()
     assert overlap > 0.95
-    assert Predictor(cfg).model.precision == "auto"  # whatever the recipe trains with
+    predictor = Predictor.from_pretrained("example")  # whatever its recipe trains with
+    assert predictor.model.precision == "auto" and predictor.cfg.MODEL.RIS.PRECISION == "fp32"
+    with pytest.raises(ValueError, match="precision is 'fp17'"):
+        Predictor.from_pretrained("example", precision="fp17")
 
 
 def test_product_of_a_mask_is_not_rounded_under_autocast():

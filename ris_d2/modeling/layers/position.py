@@ -67,7 +67,7 @@ def resize_position_table(
     """
     side = math.isqrt(len(table) - special)
     if side * side != len(table) - special:
-        raise ValueError(f"{name} has {len(table)} rows, not {special} and a square grid")
+        raise ValueError(f"{name} has {len(table)} rows, not {special} plus a square grid")
     maps = table[special:].float().T.reshape(1, -1, side, side)
     maps = F.interpolate(maps, size=grid, mode=mode, align_corners=False)
     return torch.cat([table[:special].float(), maps[0].flatten(1).T])

@@ -46,7 +46,7 @@ def test_positions_are_resized_bilinearly():
     assert resized == [name] and torch.equal(fitted[name][1:], expected)
     assert torch.equal(fitted[name][0], table[0].half().float())
     assert model.fit_state_dict({name: torch.rand(7, 16)})[1] == []
-    with pytest.raises(ValueError, match="9 rows, not .CLS. and a square grid"):
+    with pytest.raises(ValueError, match="9 rows, not 1 plus a square grid"):
         model.fit_state_dict({name: torch.rand(9, 16)})
 
 

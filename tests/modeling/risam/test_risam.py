@@ -282,7 +282,7 @@ def test_it_learns_one_image(risam_cfg, make_square, fit_one_image):
         (["RISAM.FUSION", "conv", "RISAM.MASK_PAD", False], "end token"),
         (["RISAM.DEC.TYPE", "mask2former"], "DEC.TYPE is 'mask2former'"),
         (["RISAM.DEC.TYPE", "sam", "RIS.NO_TARGET", "head"], "needs RISAM's query token"),
-        (["RISAM.DEC.NORM", "BN"], "DEC.NORM is 'BN', not none or LN"),
+        (["RISAM.DEC.NORM", "BN"], "DEC.NORM is 'BN', not one of 'none', 'LN'"),
         (["RISAM.LANG_POS_ENC", "rotary"], "LANG_POS_ENC is 'rotary'"),
         (["RISAM.MA.LGA_NORM", "mean"], "LGA_NORM is 'mean'"),
     ],
