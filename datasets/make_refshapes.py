@@ -1,6 +1,7 @@
 """Write RefShapes, the synthetic benchmark, in the formats of RefCOCO and gRefCOCO.
 
 python datasets/make_refshapes.py --root datasets/refshapes --train-images 2000 --sheet sheet.png
+python datasets/make_refshapes.py --root datasets/refshapes_hard_v1 --benchmark hard-v1
 """
 
 import argparse
@@ -20,7 +21,7 @@ if package and "ris_d2" not in sys.modules:
     sys.modules["ris_d2"] = importlib.util.module_from_spec(package)
 
 from ris_d2.io import atomic_write
-from ris_d2.refshapes import SPLITS, Options, Scene, generate, polygon, render, write
+from ris_d2.refshapes import BENCHMARKS, SPLITS, Options, Scene, generate, polygon, render, write
 
 
 def sheet(scenes: list[Scene], options: Options) -> Image.Image:
@@ -46,11 +47,31 @@ def sheet(scenes: list[Scene], options: Options) -> Image.Image:
     return page
 
 
+def _what(
+    args: argparse.Namespace, parser: argparse.ArgumentParser
+) -> tuple[Options, dict[str, int]]:
+    """The scenes that are asked for, and how many of each split."""
+    chosen = {field.name: getattr(args, field.name) for field in fields(Options)}
+    numbers = {f"{split}_images": getattr(args, f"{split}_images") for split in SPLITS}
+    if not args.benchmark:
+        return Options(**chosen), dict(zip(SPLITS, numbers.values()))
+    changed = [k for k, v in {**numbers, **chosen}.items() if v != parser.get_default(k)]
+    if changed:
+        raise ValueError(f"--benchmark {args.benchmark} fixes {', '.join(changed)}")
+    benchmark = BENCHMARKS[args.benchmark]
+    return benchmark.options, benchmark.scenes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--root", required=True, help="folder to make, laid out as a dataset root")
+    parser.add_argument(
+        "--benchmark",
+        choices=BENCHMARKS,
+        help="a set that never changes (docs/refshapes.md); takes no option about images and scenes",
+    )
     for split, default in zip(SPLITS, (4000, 400, 200, 200, 200)):
         parser.add_argument(f"--{split}-images", type=int, default=default, help="scenes")
     for field in fields(Options):
@@ -65,8 +86,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     try:
-        options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
-        numbers = {split: getattr(args, f"{split}_images") for split in SPLITS}
+        options, numbers = _what(args, parser)
         if write(args.root, numbers, options, overwrite=args.overwrite):
             logging.info("Wrote %d images to %s", sum(numbers.values()), args.root)
     except (ValueError, FileExistsError) as error:

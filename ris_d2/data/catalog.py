@@ -101,15 +101,17 @@ def _like_refcoco(folder: str, splitby: str, splits: tuple[str, ...], **changes)
     return replace(_REFCOCO, **(values | changes))
 
 
-def _refshapes(dataset: Dataset, name: str, *more_splits: str) -> Dataset:
+def _refshapes(
+    dataset: Dataset, name: str, *more_splits: str, folder: str = "refshapes"
+) -> Dataset:
     # RefShapes is laid out as a root of its own, in the formats of RefCOCO and gRefCOCO.
     return replace(
         dataset,
         name=f"ris_{name}",
         source=name,
         splits=dataset.splits + more_splits,
-        image_root=f"refshapes/{dataset.image_root}",
-        files=tuple(f"refshapes/{file}" for file in dataset.files),
+        image_root=f"{folder}/{dataset.image_root}",
+        files=tuple(f"{folder}/{file}" for file in dataset.files),
     )
 
 
@@ -142,6 +144,8 @@ DATASETS: tuple[Dataset, ...] = (
     ),
     _refshapes(_REFCOCO, "refshapes"),
     _refshapes(_GREFCOCO, "grefshapes", "heldout"),
+    _refshapes(_REFCOCO, "refshapes_hard_v1", folder="refshapes_hard_v1"),
+    _refshapes(_GREFCOCO, "grefshapes_hard_v1", "heldout", folder="refshapes_hard_v1"),
 )
 
 # Training sets of several datasets.

@@ -5,11 +5,12 @@ that ``ris_d2.data.catalog`` registers.
 """
 
 from .language import Scene
-from .scenes import SPLITS, Options, generate, polygon, render
+from .scenes import BENCHMARKS, SPLITS, Options, generate, polygon, render
 from .tokenizer import write_tokenizer
 from .writing import instances, references, write
 
 __all__ = [
+    "BENCHMARKS",
     "SPLITS",
     "Options",
     "Scene",

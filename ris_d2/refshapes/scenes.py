@@ -130,6 +130,33 @@ class Options:
                 raise ValueError(f"RefShapes options: {what}, but they are {self}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BalancedOptions(Options):
+    """Every scene has ``per_form`` sentences of each form, whatever is said of their number elsewhere.
+
+    ``no_target_share`` of all have no target (none of ``Except``), and where a form can have one or
+    several, a third have several.
+    """
+
+    per_form: int = _option(1, "sentences of each form per scene")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """A set that never changes under its name: another one gets another name."""
+
+    scenes: dict[str, int]  # per split
+    options: Options
+
+
+BENCHMARKS = {
+    "hard-v1": Benchmark(
+        scenes={"train": 6000, "val": 500, "testA": 500, "testB": 500, "heldout": 500},
+        options=BalancedOptions(size=128, min_shapes=5, max_shapes=8, colors=8, per_form=1),
+    ),
+}
+
+
 def _place(split: str, number: int, options: Options, rng: Rng) -> tuple[Shape, ...] | None:
     """Draw the shapes of a scene, or None when they do not fit."""
     # A scene keeps to a few colours and kinds: only then does one word not give the target away.
@@ -171,6 +198,7 @@ _FORMS = {
     "multi": {Find: 3, Count: 3, Pair: 3, Except: 3, Side: 2, Relation: 2},
     "none": {Find: 5, Relation: 4, Nth: 2, Side: 2, Count: 1, Pair: 1},
 }
+FORMS = (Find, Side, Nth, Relation, Pair, Except, Count)
 
 
 def _describe(scene: Scene, options: Options, rng: Rng, *, mixed: bool = False) -> Find:
@@ -231,17 +259,49 @@ def _names_heldout(meaning: Meaning) -> bool:
     return any((part.color, part.kind) in HELDOUT for part in parts)
 
 
-def _express(scene: Scene, options: Options, rng: Rng) -> tuple[Expression, ...]:
-    """Draw the expressions of a scene, the shares of no and multi target met on average."""
+def _names_side_alone(meaning: Meaning, text: str) -> bool:
+    """Whether an order is said as a place: "the left circle"."""
+    words = text.split()
+    return (
+        isinstance(meaning, Nth)
+        and meaning.direction in words
+        and not {"from", "farthest"} & {*words}
+    )
+
+
+def _plan(options: Options, rng: Rng) -> list[tuple[str, list[type]]]:
+    """Draw how many targets ("none", "single", "multi") each sentence of a scene has, and its possible forms."""
+    if isinstance(options, BalancedOptions):
+        return _balanced_plan(options, rng)
     number = options.min_expressions + rng.below(
         options.max_expressions - options.min_expressions + 1
     )
     none = int(number * options.no_target_share + rng.random())
     multi = min(int(number * options.multi_target_share + rng.random()), number - none)
+    wanted = ("none",) * none + ("multi",) * multi + ("single",) * (number - none - multi)
+    return [(w, [f for f, weight in _FORMS[w].items() for _ in range(weight)]) for w in wanted]
+
+
+def _balanced_plan(options: BalancedOptions, rng: Rng) -> list[tuple[str, list[type]]]:
+    numbers = ("single", "single", "multi")
+    forms = {form: [w for w in numbers if form in _FORMS[w]] for form in FORMS}
+    absent_share = options.no_target_share * len(forms) / len(_FORMS["none"])
+    plan = []
+    for form in [form for form in forms for _ in range(options.per_form)]:
+        absent = form in _FORMS["none"] and rng.chance(absent_share)
+        plan.append(("none" if absent else rng.pick(forms[form]), [form]))
+    return plan
+
+
+def _express(scene: Scene, options: Options, rng: Rng) -> tuple[Expression, ...]:
+    """Draw the expressions of a scene, the shares of no and multi target met on average.
+
+    A balanced scene that has no sentence of some form has none at all.
+    """
+    plan, is_balanced = _plan(options, rng), isinstance(options, BalancedOptions)
     family = FAMILIES.get(scene.split)
     expressions: list[Expression] = []
-    for wanted in ("none",) * none + ("multi",) * multi + ("single",) * (number - none - multi):
-        forms = [form for form, weight in _FORMS[wanted].items() for _ in range(weight)]
+    for wanted, forms in plan:
         # The form stays for a number of tries, or easy forms would crowd out the others.
         for attempt in range(240):
             if attempt % 24 == 0:
@@ -263,14 +323,19 @@ def _express(scene: Scene, options: Options, rng: Rng) -> tuple[Expression, ...]
                     and all((s.color, s.kind) not in HELDOUT for s in shapes)
                 )
                 # RefCOCO's objects have about three sentences each.
-                or sum(e.targets == targets for e in expressions) >= (3 if targets else number)
+                or sum(e.targets == targets for e in expressions) >= (3 if targets else len(plan))
             ):
                 continue
             plural = wanted == "multi" or (wanted == "none" and rng.chance(0.2))
             text = phrase(meaning, scene, rng, plural=plural)
+            if is_balanced and _names_side_alone(meaning, text):
+                continue
             if all(text != e.text for e in expressions):
                 expressions.append(Expression(text, meaning, targets))
                 break
+        else:
+            if is_balanced:
+                return ()
     return tuple(expressions)
 
 

@@ -41,15 +41,21 @@ def test_every_dataset_is_registered_under_relas_name():
     names += [f"ris_refclef_unc_{split}" for split in ("train", "val", "testA", "testB", "testC")]
     names += [f"ris_refclef_berkeley_{split}" for split in ("train", "val", "test")]
     names += [f"ris_phrasecut_{split}" for split in ("train", "val", "test", "miniv")]
-    names += [f"ris_refshapes_{split}" for split in ("train", "val", "testA", "testB")]
-    names += [f"ris_grefshapes_{split}" for split in ("train", "val", "testA", "testB", "heldout")]
+    for version in ("", "_hard_v1"):
+        splits = ("train", "val", "testA", "testB")
+        names += [f"ris_refshapes{version}_{split}" for split in splits]
+        names += [f"ris_grefshapes{version}_{split}" for split in (*splits, "heldout")]
     assert set(names) <= set(DatasetCatalog.list())
     registered = {name for name in DatasetCatalog.list() if name.startswith("ris_")}
     others = registered - set(names) - {"ris_refcoco_mixed_train"}
     # By object class, for the families with one target of a known class per expression.
     assert others == {
         f"ris_{family}_{split}_{kind}"
-        for family in (*(f"{name}_{by}" for name, by, _ in RELA[:-1]), "refshapes")
+        for family in (
+            *(f"{name}_{by}" for name, by, _ in RELA[:-1]),
+            "refshapes",
+            "refshapes_hard_v1",
+        )
         for split in ("train", "val", "testA", "testB", "test")
         for kind in ("seen", "unseen", "open")
         if f"ris_{family}_{split}" in names and (split != "train" or kind == "seen")

@@ -17,7 +17,7 @@ from ris_d2.data.refer import load_refer
 from ris_d2.data.tokenizer import Tokenizer
 from ris_d2.io import load_json, load_pickle
 from ris_d2.masks import rasterize
-from ris_d2.refshapes import SPLITS, Options, generate, polygon, render, write, writing
+from ris_d2.refshapes import BENCHMARKS, SPLITS, Options, generate, polygon, render, write, writing
 from ris_d2.refshapes.language import (
     COLORS,
     KINDS,
@@ -132,7 +132,10 @@ def read(sentence, scene):
     return found
 
 
-@pytest.mark.parametrize("options", [QUICKSTART, HARD], ids=["quickstart", "hard"])
+OPTIONS = {"quickstart": QUICKSTART, "hard": HARD, "hard-v1": BENCHMARKS["hard-v1"].options}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("split", SPLITS)
 def test_sentences_mean_their_targets(split, options):
     scenes = generate(split, 80, options)
