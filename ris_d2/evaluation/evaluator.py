@@ -108,7 +108,7 @@ class ReferringEvaluator(DatasetEvaluator):
         size = (unit["height"], unit["width"])
         for result in results:
             _check_shape(unit, result, result["mask"], size)
-        truths, which = _ground_truth(unit, self.sample)
+        truths, which = ground_truth(unit, self.sample)
         masks = [result["mask"] for result in results]
         predicted_area, intersection = _count(masks, truths, which)
         target_area = np.array([np.count_nonzero(truth) for truth in truths])[which]
@@ -281,7 +281,7 @@ def _check_shape(unit: dict, result: dict, masks: torch.Tensor, shape: tuple[int
         )
 
 
-def _ground_truth(unit: dict, sample: str) -> tuple[list[np.ndarray], np.ndarray]:
+def ground_truth(unit: dict, sample: str) -> tuple[list[np.ndarray], np.ndarray]:
     """The unit's distinct ground truths, bool (height,width), and which is each expression's."""
     segmentations = {
         annotation["id"]: annotation["segmentation"] for annotation in unit["annotations"]
