@@ -5,6 +5,7 @@ detectron2".
 """
 
 import importlib
+import warnings
 
 _ADVICE = {
     # First: where libGL is missing, a broken cv2 makes ``import detectron2`` fail too.
@@ -34,6 +35,10 @@ def check_dependencies() -> None:
                 f"ris_d2 needs {module}, which does not import here: {error}\nTo get it: {advice}",
                 name=module,
             ) from error
+    # torch says it of detectron2's and fvcore's code; nobody who imports ris_d2 can mend it.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*torch\.jit\.script", FutureWarning)
+        importlib.import_module("detectron2.modeling")
 
 
 check_dependencies()

@@ -20,6 +20,7 @@ from .checkpoint.paths import local_path
 from .config import load_config
 from .data.tokenizer import Tokenizer
 from .io import atomic_folder
+from .yaml_files import read_yaml
 
 __all__ = ["find_config", "save_model"]
 
@@ -45,7 +46,7 @@ def find_config(
     Raises:
         FileNotFoundError: nothing of that name; a file is missing, and could not be downloaded. The
             message says where it comes from.
-        ValueError: the folder's config.yaml is malformed, or names a tokenizer outside of the folder.
+        ValueError: the folder's config.yaml is malformed, or names a file outside of the folder.
     """
     name = os.path.expanduser(os.fspath(name))
     model = None if os.path.isdir(name) else zoo.models().get(name)
@@ -60,9 +61,13 @@ def find_config(
         config_file = os.path.join(folder, _CONFIG)
         find, weights = functools.partial(_inside, folder), _WEIGHTS
     cfg = load_config(config_file, options, modules=modules)
-    # The small file first: where it is missing, nothing large has been downloaded.
-    if "INPUT.RIS.TOKENIZER.PATH" not in options[::2]:
-        cfg.INPUT.RIS.TOKENIZER.PATH = find(cfg.INPUT.RIS.TOKENIZER.PATH)
+    # The small files first: where one is missing, nothing large has been downloaded.
+    for key, node in (
+        ("INPUT.RIS.TOKENIZER.PATH", cfg.INPUT.RIS.TOKENIZER),
+        ("MODEL.RIS.TEXT.CAUSAL_LM.PATH", cfg.MODEL.RIS.TEXT.CAUSAL_LM),
+    ):
+        if node.PATH and key not in options[::2]:
+            node.PATH = find(node.PATH)
     if "MODEL.WEIGHTS" not in options[::2]:
         cfg.MODEL.WEIGHTS = find(weights)
     return cfg
@@ -75,17 +80,16 @@ def _folder(name: str) -> str:
             raise FileNotFoundError(
                 f"{folder}: no {file} in it; a model folder is what Predictor.save_pretrained writes"
             )
+    if "_BASE_" in read_yaml(os.path.join(folder, _CONFIG)):
+        raise ValueError(f"{folder}: {_CONFIG} has a _BASE_, which may lie outside of the folder")
     return folder
 
 
 def _inside(folder: str, path: str) -> str:
     """A file of the model folder. What lies elsewhere could be anything, even a download."""
     found = os.path.normpath(os.path.join(folder, path))
-    if not path or not found.startswith(folder + os.sep):
-        raise ValueError(
-            f"{os.path.join(folder, _CONFIG)}: INPUT.RIS.TOKENIZER.PATH is {path!r}, which is no path "
-            "within the folder"
-        )
+    if not found.startswith(folder + os.sep):
+        raise ValueError(f"{folder}: {_CONFIG} names {path!r}, which is no path within the folder")
     if not os.path.exists(found):
         raise FileNotFoundError(f"{found}: missing from the model folder")
     return found

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
 from ris_d2 import example, hub, load_config
+from ris_d2.__main__ import main
 from ris_d2.predictor import Predictor
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -22,3 +25,23 @@ def test_its_scene_and_sentences_are_answered_as_they_are_true():
     assert [result["no_target"] for result in results] == [False, False, True]
     areas = [int(result["mask"].sum()) for result in results]
     assert areas[0] > 50 and areas[1] > areas[0] and areas[2] == 0
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["absent.png", "a"], "ris_d2: absent.png: no such file or folder"),
+        ([example.SCENE, "a", "--model", "nowhere"], "ris_d2: nowhere: no such model folder"),
+    ],
+)
+def test_the_command_says_mistakes_in_one_line(words, message, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--output", str(tmp_path / "out")])
+    assert stopped.value.code.startswith(message) and "\n" not in stopped.value.code
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_wants_sentences_of_an_image(capsys):
+    with pytest.raises(SystemExit):
+        main([example.SCENE])
+    assert "give a sentence" in capsys.readouterr().err

@@ -116,13 +116,22 @@ def test_saving_replaces_a_model_folder_and_nothing_else(predictor, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "path", ["", "/etc/tokenizer.json", "../tokenizer", "openai/clip-vit-base-patch16", "."]
+    "path", ["/etc/tokenizer.json", "../tokenizer", "openai/clip-vit-base-patch16", "."]
 )
 def test_a_folder_reads_and_fetches_nothing_from_outside_of_itself(folder, path):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["INPUT"]["RIS"]["TOKENIZER"]["PATH"] = path
     config["MODEL"]["WEIGHTS"] = "hf://nobody/nothing/model.pkl"
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises((ValueError, FileNotFoundError), match=str(folder)):
+        find_config(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["_BASE_: /etc/other.yaml", "MODEL: {RIS: {TEXT: {CAUSAL_LM: {PATH: gpt2}}}}"]
+)
+def test_a_folder_names_no_other_file(folder, text):
+    (folder / "config.yaml").write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=str(folder)):
         find_config(folder)
 

@@ -46,7 +46,7 @@ def test_scripts_configs_and_keys_exist(command):
     assert (ROOT / script).is_file()
     if "--config-file" in command:
         at = command.index("--config-file") + 1
-        if "/" not in command[at]:
+        if "/" not in command[at] or command[at].startswith("my_"):
             return  # the reader's own file
         options = command[at + 1 :]
         first_key = next((i for i, word in enumerate(options) if re.match(r"[A-Z]+\.", word)), None)
