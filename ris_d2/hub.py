@@ -178,11 +178,9 @@ def save_model(
         save_file(tensors, os.path.join(temporary, _WEIGHTS), metadata={"format": "pt"})
         shutil.copymode(os.path.join(temporary, _CONFIG), os.path.join(temporary, _WEIGHTS))
         os.mkdir(os.path.join(temporary, _TOKENIZER))
-        for name in (tokenizer.file.name, *_TOKENIZER_FILES):
-            if tokenizer.file.with_name(name).is_file():
-                shutil.copyfile(
-                    tokenizer.file.with_name(name), os.path.join(temporary, _TOKENIZER, name)
-                )
+        for file in (tokenizer.file, *map(tokenizer.file.with_name, _TOKENIZER_FILES)):
+            if file.is_file():
+                shutil.copyfile(file, os.path.join(temporary, _TOKENIZER, file.name))
         with open(os.path.join(temporary, _CARD), "w", encoding="utf-8") as file:
             file.write(card)
 
@@ -208,32 +206,19 @@ def _card(
     licence: str,
     notes: str,
 ) -> str:
-    method, known = cfg.MODEL.META_ARCHITECTURE, zoo.known_files()
+    known = zoo.known_files()
     sources = [os.path.basename(path) for _, path in cfg.MODEL.INIT]
-    size = " x ".join(map(str, cfg.TEST.RESOLUTION)) or "each image's own size"
-    facts = {
-        "method": f"{method}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters",
-        "recipe": f"[{_CONFIG}]({_CONFIG}), complete",
-        "trained on": ", ".join(cfg.DATASETS.TRAIN),
-        "started from": ", ".join(
-            f"{name} ({known[name]['licence']})" if name in known else name for name in sources
-        ),
-        "input": f"{' x '.join(map(str, cfg.INPUT.RIS.SIZE))} pixels, {cfg.INPUT.RIS.GEOMETRY}",
-        "precision": cfg.MODEL.RIS.PRECISION,
-        "protocol": f"masks at {size}, TEST.SAMPLE {cfg.TEST.SAMPLE}",
-        "who says that nothing fits": f"MODEL.RIS.NO_TARGET {cfg.MODEL.RIS.NO_TARGET}",
-        "licence": licence,
-    }
-    names = list(dict.fromkeys(name for values in metrics.values() for name in values))
-    numbers = [
-        [dataset, *(f"{v:.2f}" if (v := values.get(name)) is not None else "n/a" for name in names)]
-        for dataset, values in metrics.items()
-    ]
+    sources = [f"{s} ({known[s]['licence']})" if s in known else s for s in sources]
+    numbers = [{"": dataset, **values} for dataset, values in metrics.items()]
     with open(os.path.join(os.path.dirname(__file__), "model_card.md"), encoding="utf-8") as file:
         return file.read().format(
-            title=title or f"{method}, referring image segmentation",
+            cfg=cfg,
+            title=title or f"{cfg.MODEL.META_ARCHITECTURE}, referring image segmentation",
             notes=notes,
-            facts=tabulate([(k, v or "not stated") for k, v in facts.items()], ("", ""), "github"),
-            metrics=tabulate(numbers, ["", *names], "github", disable_numparse=True)
+            parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+            trained_on=", ".join(cfg.DATASETS.TRAIN) or "not stated",
+            sources=", ".join(sources) or "not stated",
+            licence=licence or "not stated",
+            metrics=tabulate(numbers, "keys", "github", floatfmt=".2f", missingval="n/a")
             or "None were given.",
         )

@@ -122,7 +122,7 @@ class Predictor:
             FileNotFoundError, ValueError: weights or tokenizer that are missing or of another model.
             ValueError: an unknown precision.
         """
-        self.cfg = cfg = cfg.clone()
+        self.cfg, cfg = cfg.clone(), cfg.clone()
         cfg.defrost()
         cfg.TEST.RESOLUTION = ()
         self.model = build_model(cfg).eval()

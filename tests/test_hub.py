@@ -1,6 +1,5 @@
 """Model folders: what is in them, that they load anywhere and say the same, and where models are found."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,8 +12,10 @@ import pytest
 import torch
 import yaml
 
+import ris_d2
 from ris_d2 import Predictor, example, load_config, zoo
 from ris_d2.hub import find_config
+from ris_d2.predictor import load_rgb
 
 ROOT = Path(__file__).parents[1]
 ASK = """
@@ -276,12 +277,32 @@ def test_a_missing_file_of_a_recipe_says_how_to_get_it(tmp_path):
         local_path(str(tmp_path / "mine.pth"))
 
 
-def test_importing_ris_d2_loads_neither_transformers_nor_timm_and_predictor_comes_when_asked():
-    assert importlib.util.find_spec("transformers") and importlib.util.find_spec("timm")
-    script = (
-        "import sys, ris_d2\n"
-        "assert not {'transformers', 'timm', 'ris_d2.predictor'} & set(sys.modules)\n"
-        "from ris_d2 import Predictor\n"
-        "assert Predictor is sys.modules['ris_d2.predictor'].Predictor"
+def test_the_package_gives_its_predictor_when_asked():
+    assert ris_d2.Predictor is Predictor is sys.modules["ris_d2.predictor"].Predictor
+    with pytest.raises(AttributeError, match="no attribute 'Segmenter'"):
+        ris_d2.Segmenter
+
+
+@pytest.mark.parametrize("method", ["deris", "risam", "vipa", "asda", "shared_ris"])
+def test_every_method_is_saved_with_its_protocol_and_loaded(method, tmp_path):
+    path = ["INPUT.RIS.TOKENIZER.PATH", os.path.join(example.FOLDER, "tokenizer")]
+    path += ["TEST.RESOLUTION", "(40, 50)", "MODEL.RIS.MASK_THRESHOLD", "0.45"]
+    torch.manual_seed(0)
+    saved = Predictor(load_config(zoo.config_file(f"instant_test/{method}.yaml"), path))
+    saved.save_pretrained(tmp_path / "model")
+    found = Predictor.from_pretrained(tmp_path / "model")
+    assert tuple(found.cfg.TEST.RESOLUTION) == (40, 50)
+    assert "TEST.RESOLUTION (40, 50)" in (tmp_path / "model" / "README.md").read_text()
+    assert saved.cfg.MODEL[method.upper()] == found.cfg.MODEL[method.upper()]
+    assert (
+        saved.cfg.SOLVER == found.cfg.SOLVER
+        and saved.cfg.INPUT.RIS.SIZE == found.cfg.INPUT.RIS.SIZE
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, check=True)
+    settings = {"probabilities": True}
+    if method == "deris":  # so that some of the untrained queries make up a mask
+        settings["score_threshold"] = 0.18
+    results = [p(example.SCENE, "the circles", **settings)[0] for p in (saved, found)]
+    assert results[0]["probabilities"].any()
+    assert torch.equal(results[0]["mask"], results[1]["mask"]) and results[0]["mask"].ndim == 2
+    assert torch.allclose(results[0]["probabilities"], results[1]["probabilities"], atol=1e-5)
+    assert results[0]["mask"].shape == load_rgb(example.SCENE).shape[:2]

@@ -339,9 +339,9 @@ def test_a_session_encodes_its_image_once_and_answers_as_single_calls(
     recipe = Path(__file__).parents[1] / "configs" / "instant_test" / f"{method}.yaml"
     torch.manual_seed(0)
     predictor = Predictor(load_config(str(recipe), path))
-    name = "score_threshold" if method == "deris" else "mask_threshold"
-    # Untrained scores lie anywhere: between them, so that some queries make up a mask.
-    settings = {"probabilities": True, name: 0.45}
+    # Between the scores of the untrained queries, so that some of them make up a mask.
+    threshold = {"score_threshold": 0.18} if method == "deris" else {"mask_threshold": 0.45}
+    settings = {"probabilities": True, **threshold}
     sentences = ["the red circle", "small shapes", "the big blue square on the left side"]
     expected = [predictor(example.SCENE, sentence, **settings)[0] for sentence in sentences]
     assert any(result["probabilities"].any() for result in expected)
