@@ -25,6 +25,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse()  # --help and mistakes are answered before the imports below, which take seconds
 
+from PIL import ExifTags, Image
+
 from ris_d2.data.catalog import DATASETS, Dataset
 from ris_d2.data.records import Skipped
 from ris_d2.data.refer import MissingSplitError
@@ -73,6 +75,11 @@ UNCONFIRMED = {
     "ris_refclef_berkeley_val": Counts(images=1000),
     "ris_refclef_berkeley_test": Counts(images=10000),
     "ris_phrasecut_val": Counts(2871, 19495, 19495),
+    "ris_refzom_final_train": Counts(images=43749),
+    "ris_refzom_final_test": Counts(images=11329),
+    "ris_rrsisd_unc_train": Counts(expressions=12181),
+    "ris_rrsisd_unc_val": Counts(expressions=1740),
+    "ris_rrsisd_unc_test": Counts(expressions=3481),
 }
 
 
@@ -119,6 +126,7 @@ def check(dataset: Dataset, root: str) -> list[str]:
         print(f"  missing: {files} ({', '.join(splits)})")
     if by_split:
         _report_images({split: _files(records) for split, records in by_split.items()})
+        _report_sizes([record for records in by_split.values() for record in records])
     return problems
 
 
@@ -182,6 +190,28 @@ def _report_images(files_by_split: dict[str, set[str]]) -> None:
     for split, others in files_by_split.items():
         if split != "train" and train & others:
             print(f"  train and {split} share {len(train & others):,} images")
+
+
+def _report_sizes(records: list[dict]) -> None:
+    """Say which of the images that are there are of another size than their annotations."""
+    sizes = {record["file_name"]: (record["height"], record["width"]) for record in records}
+    differing = []
+    for file, annotated in sizes.items():
+        try:
+            with Image.open(file) as image:  # reads the header alone
+                width, height = image.size
+                lies = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        except OSError:
+            continue  # missing ones are reported already; a training names what it cannot read
+        found = (width, height) if lies else (height, width)
+        if found != annotated:
+            differing.append(f"{os.path.basename(file)} {found} instead of {annotated}")
+    if differing:
+        more = " ..." * (len(differing) > 3)
+        print(
+            f"  {len(differing):,} images have another size (height, width) than annotated: "
+            f"{', '.join(differing[:3])}{more}"
+        )
 
 
 if __name__ == "__main__":

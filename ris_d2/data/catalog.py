@@ -17,6 +17,7 @@ from .phrasecut import load_phrasecut
 from .records import Skipped, forget_instances
 from .refclef import load_refclef
 from .refer import MissingSplitError, load_refer
+from .refzom import load_refzom
 from .ris_json import load_ris_json
 
 __all__ = [
@@ -123,16 +124,31 @@ _GREFCOCO = _like_refcoco(
     reader=load_grefer,
     by_class=False,
 )
+_TWO, _THREE = ("train", "val"), ("train", "val", "test")
+_REFZOM = {
+    "name": "ris_refzom_final",
+    "source": "refzom",
+    "image_root": "images",
+    "reader": load_refzom,
+    "by_class": False,
+}
+_RRSISD = {"image_root": "images/rrsisd/JPEGImages", "by_class": False}
 _REFCLEF = {"image_root": "images/saiapr_tc-12", "reader": load_refclef, "by_class": False}
 
 DATASETS: tuple[Dataset, ...] = (
     _REFCOCO,
     _like_refcoco("refcoco+", "unc", _UNC),
-    _like_refcoco("refcocog", "umd", ("train", "val", "test")),
-    _like_refcoco("refcocog", "google", ("train", "val")),
+    _like_refcoco("refcocog", "umd", _THREE),
+    _like_refcoco("refcocog", "google", _TWO),
     _GREFCOCO,
+    *(
+        _like_refcoco(f"r{n}", "unc", _TWO, by_class=False)
+        for n in ("refcoco", "refcoco+", "refcocog")
+    ),
+    _like_refcoco("ref-zom", "final", ("train", "test"), **_REFZOM),
+    _like_refcoco("rrsisd", "unc", _THREE, **_RRSISD),
     _like_refcoco("refclef", "unc", (*_UNC, "testC"), **_REFCLEF),
-    _like_refcoco("refclef", "berkeley", ("train", "val", "test"), **_REFCLEF),
+    _like_refcoco("refclef", "berkeley", _THREE, **_REFCLEF),
     Dataset(
         name="ris_phrasecut",
         source="phrasecut",

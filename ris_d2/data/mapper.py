@@ -20,6 +20,9 @@ from .units import check_unit, draw_unit, take
 
 logger = logging.getLogger(__name__)
 
+# Of an image's sides from those annotated. RRSIS-D, squares of 800 px, has images of 801 and of 787.
+MAX_DEVIATION = 0.02
+
 
 class ReferringMapper:
     """Reads a record's image, augments and places it, draws its masks, tokenizes its sentences.
@@ -107,19 +110,14 @@ class ReferringMapper:
 
         Raises:
             FileNotFoundError: no such image.
-            ValueError: an unreadable image or one of another size than the record says, an empty
-                sentence, an unknown annotation id, a malformed segmentation.
+            ValueError: an unreadable image or one of another size than the record says (by more than
+                ``MAX_DEVIATION``; else it is resized, with a warning), an empty sentence, an unknown annotation id, a malformed segmentation.
         """
         if self.is_train and rng is None:
             rng = np.random.default_rng(int(torch.empty((), dtype=torch.int64).random_()))
             indices = draw_unit(record, self.unit, rng, max_expressions=self.max_expressions)
             record = take(record, indices)
-        image = read_image(record["file_name"])
-        if image.shape[:2] != (record["height"], record["width"]):
-            raise ValueError(
-                f"{record['file_name']}: the image is {image.shape[0]} x {image.shape[1]} "
-                f"(height x width), its record says {record['height']} x {record['width']}"
-            )
+        image = _at_annotated_size(read_image(record["file_name"]), record)
         try:
             mapped, transforms = self._map(image, record["expressions"], rng)
             if self.is_train:
@@ -242,3 +240,18 @@ def _to_tensor(image: np.ndarray) -> torch.Tensor:
     planes = np.empty((3, *image.shape[:2]), np.uint8)
     cv2.split(image, list(planes))  # writes into them
     return torch.from_numpy(planes)
+
+
+def _at_annotated_size(image: np.ndarray, record: dict) -> np.ndarray:
+    height, width = record["height"], record["width"]
+    if image.shape[:2] == (height, width):
+        return image
+    said = (
+        f"{record['file_name']}: the image is {image.shape[0]} x {image.shape[1]} (height x width), "
+        f"its record says {height} x {width}"
+    )
+    if max(abs(image.shape[0] / height - 1), abs(image.shape[1] / width - 1)) > MAX_DEVIATION:
+        raise ValueError(said)
+    message = f"{said}. Images that are off so little are resized to it; prepare.py lists them"
+    log_first_n(logging.WARNING, message, name=__name__)  # of the first alone
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)

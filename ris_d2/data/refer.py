@@ -1,4 +1,4 @@
-"""RefCOCO, RefCOCO+, RefCOCOg: REFER's ``refs(<splitby>).p``, ``instances.json`` -> records."""
+"""RefCOCO, RefCOCO+, RefCOCOg, R-RefCOCO/+/g, RRSIS-D: REFER's ``refs(<splitby>).p``, ``instances.json`` -> records."""
 
 import os
 from collections.abc import Callable
@@ -23,7 +23,9 @@ def load_refer(
     annotation_ids_of: Callable[[dict], list] = lambda ref: [ref["ann_id"]],
     crowds: bool = True,
 ) -> list[dict]:
-    """Read one split of a REFER dataset (github.com/lichengunc/refer).
+    """Read one split of a REFER dataset (github.com/lichengunc/refer), or of one in its form.
+
+    A sentence whose ``exist`` is False refers to nothing (R-RefCOCO).
 
     Args:
         refs_path: ``refs(unc).p``, ``refs(umd).p`` or ``refs(google).p``; a list of refs, as a pickle
@@ -86,7 +88,8 @@ def _add(
         builder.skipped.whole(kind, image["image_id"], ref_id, len(sentences))
     else:
         for sentence in sentences:
-            builder.add(image, sentence["sent_id"], ref_id, sentence[text_field], targets)
+            meant = targets if sentence.get("exist", True) else []
+            builder.add(image, sentence["sent_id"], ref_id, sentence[text_field], meant)
 
 
 def _belongs(ref_split: str, split: str) -> bool:

@@ -40,6 +40,10 @@ def test_every_dataset_is_registered_under_relas_name():
     names = [f"ris_{name}" for name in RELA_NAMES + ["grefcoco_unc_train_full"]]
     names += [f"ris_refclef_unc_{split}" for split in ("train", "val", "testA", "testB", "testC")]
     names += [f"ris_refclef_berkeley_{split}" for split in ("train", "val", "test")]
+    families = ("rrefcoco", "rrefcoco+", "rrefcocog")
+    names += [f"ris_{family}_unc_{split}" for family in families for split in ("train", "val")]
+    names += [f"ris_refzom_final_{split}" for split in ("train", "test")]
+    names += [f"ris_rrsisd_unc_{split}" for split in ("train", "val", "test")]
     names += [f"ris_phrasecut_{split}" for split in ("train", "val", "test", "miniv")]
     for version in ("", "_hard_v1"):
         splits = ("train", "val", "testA", "testB")

@@ -1,5 +1,6 @@
 import copy
 import logging
+from collections import Counter
 
 import cv2
 import numpy as np
@@ -441,6 +442,28 @@ def test_bad_records_are_errors_that_name_the_file(make_record, make_mapper, dam
     mapper = make_mapper(is_train=True, size=(8, 8))
     with pytest.raises(ValueError, match=f"1.png: {message}"):
         mapper(record)
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_an_image_that_is_off_by_a_pixel_is_resized_and_reported(
+    make_record, make_mapper, caplog, monkeypatch, is_train
+):
+    """As many of RRSIS-D's are (RMSIN's issue 12)."""
+    monkeypatch.setattr("detectron2.utils.logger._LOG_COUNTER", Counter())  # it warns but once
+    mapper = make_mapper(is_train=is_train, size=(100, 120))
+    record = make_record(height=101, width=119, refs=[(1, (1,))]) | {"height": 100, "width": 120}
+    with caplog.at_level(logging.WARNING):
+        mapped = mapper(record)
+    assert mapped["image"].shape == (3, 100, 120)
+    assert mapped["original_size"] == (mapped["height"], mapped["width"]) == (100, 120)
+    assert (
+        "1.png: the image is 101 x 119 (height x width), its record says 100 x 120" in caplog.text
+    )
+    if is_train:
+        mask = mapped["instances"].gt_masks.tensor[0]
+        assert mask.shape == (100, 120) and mask[2:6, 1:5].all() and mask.sum() == 16
+    with pytest.raises(ValueError, match="the image is 101 x 119 .* its record says 100 x 123"):
+        mapper(record | {"width": 123})
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import ExifTags, Image
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,6 +86,25 @@ def test_wrong_numbers_and_missing_images(prepare, dataset_files, monkeypatch, c
         "PROBLEM: ris_refcoco_unc_val: differs from the published numbers: "
         "refs 1 instead of 2, expressions 2 instead of 3\n"
     )
+
+
+def test_images_of_another_size_are_reported(prepare, dataset_files, monkeypatch, capsys):
+    dataset_files.write_refer()
+    monkeypatch.setattr(prepare, "PUBLISHED", counts(prepare))
+    for number, image in enumerate(dataset_files.instances["images"]):
+        path = dataset_files.root / "images/train2014" / image["file_name"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if number == 0:  # lies on its side, as its EXIF data says
+            exif = Image.Exif()
+            exif[ExifTags.Base.Orientation] = 6
+            Image.new("RGB", (40, 60)).save(path, exif=exif)
+        else:
+            Image.new("RGB", (60, 40 + (number == 1))).save(path)
+    assert prepare.run() == 0
+    assert (
+        "1 images have another size (height, width) than annotated: "
+        "COCO_train2014_000000000002.jpg (41, 60) instead of (40, 60)\n"
+    ) in capsys.readouterr().out
 
 
 def test_unconfirmed_numbers_are_no_error(prepare, dataset_files, capsys):
