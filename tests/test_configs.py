@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from ris_d2 import get_ris_cfg, load_config, refshapes
+from ris_d2.data.augmentations import build_augmentations
 from ris_d2.data.catalog import register_all, register_from_config
 from ris_d2.engine import Trainer
 from ris_d2.engine.schedule import with_iterations
@@ -146,6 +147,9 @@ def test_every_key_is_read(tmp_path, monkeypatch):
         cfg.DATALOADER.NUM_WORKERS = 0
         trainer = Trainer(Recorder.of(cfg))
     Trainer.build_evaluator(trainer.cfg, "ris_grefshapes_val")
+    cfg = get_ris_cfg()
+    cfg.INPUT.RIS.GEOMETRY, cfg.INPUT.RIS.AFFINE.ENABLED = "letterbox", True
+    build_augmentations(Recorder.of(cfg), is_train=True)
     for name in ("RISCLIPText", "RISBert"):
         cfg = get_ris_cfg()
         cfg.MODEL.RIS.TEXT.NAME = name
