@@ -3,7 +3,8 @@
     python tools/score_predictions.py --dataset ris_refcoco_unc_val --predictions masks.jsonl
 
 The form of the file is that of ris_d2.evaluation.score_predictions, and what TEST.SAVE_PREDICTIONS
-writes. Datasets are read from $DETECTRON2_DATASETS.
+writes. The report tells kinds of sentences apart (docs/evaluating.md). Datasets are read from
+$DETECTRON2_DATASETS.
 """
 
 import argparse

@@ -29,7 +29,7 @@ def calibrate(load_tool):
 def data(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    write(str(tmp_path / "refshapes"), {"train": 1, "val": 4})
+    write(str(tmp_path / "refshapes"), {"train": 1, "val": 3})
 
 
 def weights_of(config_file, options, folder):
