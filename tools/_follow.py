@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ris_d2.engine.history import read_history
@@ -38,7 +38,11 @@ class Training:
 
 
 def follow(
-    trainings: Iterable[Training], *, at_once: int = 1, every: float = PROGRESS_SECONDS
+    trainings: Iterable[Training],
+    *,
+    at_once: int = 1,
+    every: float = PROGRESS_SECONDS,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Training, int]]:
     """Run trainings, print every so many seconds how far they are, and yield each with its exit status.
 
@@ -49,6 +53,7 @@ def follow(
         trainings: taken one by one, when there is a place for the next.
         at_once: processes at a time.
         every: seconds between lines about the progress.
+        on_progress: called after these lines.
     """
     waiting, running = iter(trainings), {}
     try:
@@ -63,6 +68,7 @@ def follow(
                     deadline += every
                     for training, begin in running.values():
                         print(f"      {_progress(training, begin)}", flush=True)
+                    on_progress()
                 time.sleep(_POLL_SECONDS)
             for process in [process for process in running if process.poll() is not None]:
                 training, _ = running.pop(process)

@@ -32,9 +32,12 @@ def test_a_process_is_followed_to_its_end_and_its_status_returned(tmp_path, caps
         name="wide",
         environment={"A": "told"},
     )
-    assert list(follow([training, training], every=0.1)) == 2 * [(training, 3)]
+    calls = []
+    ended = follow([training, training], every=0.1, on_progress=lambda: calls.append(1))
+    assert list(ended) == 2 * [(training, 3)]
     assert (tmp_path / "out" / "console.txt").read_text() == "told\ntold\n"
     assert capsys.readouterr().out.count("      wide   0 min 00 s  starting\n") >= 4
+    assert len(calls) >= 4
     words = f"told\ntraining failed (status 3); all of it in {tmp_path}/out/console.txt"
     assert why_failed(training, 3) == words
 

@@ -31,7 +31,7 @@ _BASE_: {tiny_config}
 INPUT: {{RIS: {{TOKENIZER: {{PATH: refshapes/tokenizer}}}}}}
 DATASETS: {{TRAIN: ["ris_grefshapes_train"], TEST: ["ris_grefshapes_val"]}}
 DATALOADER: {{NUM_WORKERS: 0}}
-SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: 3, BASE_LR: 0.001}}
+SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: 3, BASE_LR: 0.001, CHECKPOINT_PERIOD: 2}}
 """)
     return str(path)
 
@@ -71,6 +71,16 @@ def test_the_whole_way_and_the_command_that_it_prints(
     assert weights.stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match="--fresh"):
         quickstart.main(_arguments(config, output, "SOLVER.BASE_LR", "0.1"))
+
+    # While it trains, each new checkpoint's predictions are drawn once.
+    args = quickstart.parse(_arguments(config, output))
+    draw = quickstart._sheets(args, quickstart._load_cfg(args))
+    for expected in (True, False):
+        (output / "contact_sheet.png").unlink()
+        draw()
+        assert (output / "contact_sheet.png").exists() is expected
+        assert ("contact_sheet.png after 2 iterations" in capsys.readouterr().out) is expected
+        (output / "contact_sheet.png").touch()
 
 
 def test_a_failing_training_shows_its_error(quickstart, config, tmp_path):
