@@ -27,7 +27,6 @@ __all__ = ["find_config", "save_model"]
 logger = logging.getLogger(__name__)
 
 _CONFIG, _WEIGHTS, _TOKENIZER, _CARD = "config.yaml", "model.safetensors", "tokenizer", "README.md"
-_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "merges.txt")
 _HUB_NAME = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 
 
@@ -177,10 +176,7 @@ def save_model(
         tensors = {k: v.cpu().clone().contiguous() for k, v in model.state_dict().items()}
         save_file(tensors, os.path.join(temporary, _WEIGHTS), metadata={"format": "pt"})
         shutil.copymode(os.path.join(temporary, _CONFIG), os.path.join(temporary, _WEIGHTS))
-        os.mkdir(os.path.join(temporary, _TOKENIZER))
-        for file in (tokenizer.file, *map(tokenizer.file.with_name, _TOKENIZER_FILES)):
-            if file.is_file():
-                shutil.copyfile(file, os.path.join(temporary, _TOKENIZER, file.name))
+        tokenizer.save(os.path.join(temporary, _TOKENIZER))
         with open(os.path.join(temporary, _CARD), "w", encoding="utf-8") as file:
             file.write(card)
 

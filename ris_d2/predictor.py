@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 ImageInput = str | os.PathLike | Image.Image | np.ndarray
 
 
-class Results(list):
+class Results(list[dict]):
     """The answers of one image, one dict per sentence, in order, with all tensors on the CPU.
 
     ``text`` (the sentence), ``expression_id`` (int, its position), ``mask`` (bool (H,W) of the image's

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,7 @@ _ADVICE = {
     "(vocab.json and merges.txt)",
     "hf": "RefShapes' own is the folder tokenizer/ that datasets/make_refshapes.py writes",
 }
+_BESIDE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 _BEIT3_SPECIAL = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
 _BEIT3_SIZE = 64002  # pieces of the released beit3.spm, with the offset and <mask>
 _PROBE = "the red man on the left"
@@ -152,6 +154,13 @@ class Tokenizer:
             logger.warning("Longer than INPUT.RIS.MAX_TOKENS %d: %s", self.max_tokens, names)
         self.warnings_left -= bool(unknown or cut)
 
+    def save(self, folder: str | os.PathLike) -> None:
+        """Copy what it was read from into ``folder``, from which ``self.file.name`` gives it again."""
+        os.makedirs(folder, exist_ok=True)
+        for file in (self.file, *map(self.file.with_name, _BESIDE)):
+            if file.is_file():
+                shutil.copyfile(file, os.path.join(folder, file.name))
+
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """How a person reads the ids: the pieces of words, without the marks of their edges."""
         pieces = self._words.convert_ids_to_tokens(list(ids))
@@ -198,9 +207,8 @@ def _fetch(kind: str, name: str, tried: list[Path]) -> Path:
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not name.endswith((".spm", ".json", ".txt")):
         from huggingface_hub import snapshot_download
 
-        beside = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json")
         try:
-            return Path(snapshot_download(name, allow_patterns=[*_FILES[kind], *beside]))
+            return Path(snapshot_download(name, allow_patterns=[*_FILES[kind], *_BESIDE]))
         except Exception as error:  # many kinds: offline, no such repository, gated, disk full, ...
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
     places = " and ".join(str(place.absolute()) for place in tried)

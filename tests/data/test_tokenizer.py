@@ -157,6 +157,20 @@ def test_truncation_keeps_the_end_token(kind, beit3_file, bert_folder, clip_fold
 
 
 @pytest.mark.parametrize("kind", ["beit3", "bert", "clip", "hf"])
+def test_a_saved_one_gives_the_same_ids(
+    kind, beit3_file, bert_folder, clip_folder, shapes_folder, tmp_path
+):
+    path = {"beit3": beit3_file, "bert": bert_folder, "clip": clip_folder, "hf": shapes_folder}[
+        kind
+    ]
+    tokenizer = make(kind, path)
+    tokenizer.save(tmp_path / "saved")
+    saved = make(kind, tmp_path / "saved" / tokenizer.file.name)
+    assert torch.equal(saved(TEXTS)[0], tokenizer(TEXTS)[0])
+    assert (saved.start_id, saved.end_id) == (tokenizer.start_id, tokenizer.end_id)
+
+
+@pytest.mark.parametrize("kind", ["beit3", "bert", "clip", "hf"])
 def test_tokens_for_a_person(kind, beit3_file, bert_folder, clip_folder, shapes_folder):
     path = {"beit3": beit3_file, "bert": bert_folder, "clip": clip_folder, "hf": shapes_folder}[
         kind
