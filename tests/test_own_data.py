@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from ris_d2 import refshapes
+from ris_d2 import load_config, refshapes
 from ris_d2.data.ris_json import load_ris_json
 from ris_d2.masks import rasterize
+from ris_d2.predictor import Predictor
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/own_data.md").read_text()
@@ -116,7 +118,9 @@ def test_the_table_of_the_page_is_read_as_it_says(tmp_path, kitchen):
     assert found == [[2], [1, 2], [3, 1], []]
 
 
-def test_pictures_and_sentences_become_a_model(run, kitchen, tmp_path, capfd):
+def test_pictures_and_sentences_become_a_model_that_others_load(
+    run, kitchen, tmp_path, monkeypatch, capfd
+):
     run(MAKE_COCO)
     assert "kitchen/train.json: 6 images" in capfd.readouterr().out
     made = {name: sentences(kitchen, name) for name in ("train.json", "val.json")}
@@ -137,3 +141,21 @@ def test_pictures_and_sentences_become_a_model(run, kitchen, tmp_path, capfd):
     assert results["gIoU"] == pytest.approx(best["value"], abs=1e-3)
     run(ERRORS)
     assert Image.open(output / "errors.png").height > 300
+
+    ship, load = blocks("python")
+    exec(ship, {})
+    picture = kitchen / "images" / "IMG_0006.png"
+    tuned = Predictor(
+        load_config("kitchen.yaml", ["MODEL.WEIGHTS", str(output / "model_best.pth")])
+    )
+    (tmp_path / "elsewhere/output").mkdir(parents=True)
+    shutil.move(tmp_path / "output/kitchen_model", tmp_path / "elsewhere/output/kitchen_model")
+    shutil.rmtree(output)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.copy(picture, "picture.jpg")
+    theirs = {}
+    exec(load, theirs)
+    asked = ["the circles", "the red square"]
+    for mine, other in zip(tuned(picture, asked), theirs["predictor"](picture, asked)):
+        assert mine["mask"].equal(other["mask"]) and mine["no_target"] == other["no_target"]
+    assert theirs["result"]["mask"].shape == (96, 96)
