@@ -122,7 +122,7 @@ def page(args: argparse.Namespace, row: PaperRow, cfg: "CfgNode", rows: list[tup
             metric,
             f"{number:.2f}",
             f"{value:.2f}",
-            f"{difference:+.2f}",
+            f"{round(difference, 2) + 0.0:+.2f}",
             "" if ok else "off",
         )
         for dataset, metric, number, value, difference, ok in rows
