@@ -22,9 +22,9 @@ ASK = """
 import json, sys
 from ris_d2 import Predictor, example
 from ris_d2.masks import encode
-predictor = Predictor.from_pretrained(sys.argv[1])
-results = predictor(example.SCENE, example.SENTENCES)
-print(json.dumps([[encode(r["mask"].numpy()), r["score"], r["no_target"]] for r in results]))
+for name in sys.argv[1:]:
+    results = Predictor.from_pretrained(name)(example.SCENE, example.SENTENCES)
+    print(json.dumps([[encode(r["mask"].numpy()), r["score"], r["no_target"]] for r in results]))
 """
 
 
@@ -42,15 +42,6 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
-def ask(name, cwd, **environment):
-    """Answers of a fresh process without a network beyond what ``environment`` says."""
-    command = [sys.executable, "-W", "ignore", "-c", ASK, str(name)]
-    environment = {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def answers(predictor):
     from ris_d2.masks import encode
 
@@ -58,16 +49,38 @@ def answers(predictor):
     return [[encode(r["mask"].numpy()), r["score"], r["no_target"]] for r in results]
 
 
-def test_a_saved_folder_moves_anywhere_and_gives_the_same_masks_in_a_clean_process(
-    predictor, tmp_path
+def test_a_folder_from_anywhere_and_one_of_the_hub_answer_alike_in_a_clean_process(
+    predictor, folder, tmp_path
 ):
-    predictor.save_pretrained(tmp_path / "model")
+    sys.path.append(str(ROOT / "tests"))
+    from hub_stand_in import serving
+
+    predictor.save_pretrained(tmp_path / "saved")
     (tmp_path / "elsewhere").mkdir()
-    shutil.move(tmp_path / "model", tmp_path / "elsewhere" / "renamed")
-    expected, got = answers(predictor), ask("renamed", tmp_path / "elsewhere")
-    assert [mask for mask, *_ in got] == [mask for mask, *_ in expected]
-    assert [s for _, s, _ in got] == pytest.approx([s for _, s, _ in expected], abs=1e-5)
-    assert [nothing for *_, nothing in got] == [False, False, True]
+    shutil.move(tmp_path / "saved", tmp_path / "elsewhere" / "renamed")
+    (folder / "pytorch_model.bin").write_text("a pickle")
+    (tmp_path / "hub" / "me").mkdir(parents=True)
+    shutil.move(folder, tmp_path / "hub" / "me" / "tiny")
+    with serving(tmp_path / "hub") as (endpoint, asked):
+        settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", ASK, "renamed", "me/tiny"],
+            cwd=tmp_path / "elsewhere",
+            env={**os.environ, "PYTHONPATH": str(ROOT), **settings},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    expected = answers(predictor)
+    for line in done.stdout.splitlines():
+        got = json.loads(line)
+        assert [mask for mask, *_ in got] == [mask for mask, *_ in expected]
+        assert [s for _, s, _ in got] == pytest.approx([s for _, s, _ in expected], abs=1e-5)
+        assert [nothing for *_, nothing in got] == [False, False, True]
+    assert len(done.stdout.splitlines()) == 2
+    assert not any("renamed" in path for path in asked), "a folder asks nobody"
+    assert any("model.safetensors" in path for path in asked)
+    assert not any("pytorch_model.bin" in path for path in asked), "pickles stay where they are"
 
 
 def test_a_folder_holds_plain_text_and_tensors_alone(predictor, tmp_path):
@@ -170,22 +183,6 @@ def test_tied_weights_are_saved(tmp_path):
     from safetensors.torch import load_file
 
     assert "tied" in load_file(tmp_path / "model" / "model.safetensors")
-
-
-def test_a_name_on_the_hub_is_fetched_without_its_pickles(folder, predictor, tmp_path):
-    sys.path.append(str(ROOT / "tests"))
-    from hub_stand_in import serving
-
-    folder.rename(tmp_path / "tiny")
-    (tmp_path / "tiny" / "pytorch_model.bin").write_text("a pickle")
-    (tmp_path / "hub" / "me").mkdir(parents=True)
-    (tmp_path / "tiny").rename(tmp_path / "hub" / "me" / "tiny")
-    with serving(tmp_path / "hub") as (endpoint, asked):
-        settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache")}
-        got = ask("me/tiny", tmp_path, HF_HUB_OFFLINE="0", **settings)
-        assert any("model.safetensors" in path for path in asked)
-        assert not any("pytorch_model.bin" in path for path in asked)
-    assert [mask for mask, *_ in got] == [mask for mask, *_ in answers(predictor)]
 
 
 def test_a_name_that_is_nowhere_says_what_was_tried(monkeypatch, tmp_path):
