@@ -72,36 +72,55 @@ class MultiScaleDeformableAttention(nn.Module):
             query = query.float()
             offsets = self.offsets(query).unflatten(2, (*places, 2))
             weights = self.weights(query).unflatten(2, (self.num_heads, -1)).softmax(-1)
-            extent, *constants = self.map_constants(
+            constants = self.map_constants(
                 tuple(sizes), self.num_heads, self.num_points, device=query.device
             )
-            start = (reference[:, None] * extent).unsqueeze(2)  # (Q, levels, 1, 2)
+            start = (reference[:, None] * constants[0]).unsqueeze(2)  # (Q, levels, 1, 2)
             points = offsets + start[:, None]
             weights = weights.unflatten(3, places[1:])
-            read = weighted_samples(values.float(), constants, points, weights)
+            read = weighted_samples(values.float(), sizes, constants, points, weights)
         return self.out(read.flatten(2))
 
 
 def weighted_samples(
-    values: Tensor, constants: Sequence[Tensor], points: Tensor, weights: Tensor
+    values: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    constants: Sequence[Tensor],
+    points: Tensor,
+    weights: Tensor,
+    *,
+    form: str | None = None,
 ) -> Tensor:
     """Sum bilinear samples of several maps; what lies outside of a map counts as zero.
 
-    The four neighbours of all points of a query and head are summed in one weighted embedding bag: of
-    ``grid_sample`` per level, whose samples have to be stored and summed, this takes a sixth of the
-    time, and an eighth of the memory for the backward pass.
-
     Args:
         values: float32 (B, sum of h * w, M, D), M heads.
-        constants: all but the first of ``map_constants``, for the (h, w) of L maps.
+        sizes: (h, w) of L maps.
+        constants: of ``map_constants`` for them.
         points: float32 (B, Q, M, L, P, 2), (x, y) in pixels; the centre of the first is at 0.5.
         weights: float32 (B, Q, M, L, P).
+        form: "embedding_bag", the fastest; "grid_sample", of operations that other runtimes have;
+            None: the latter while a graph is exported, else the former.
 
     Returns:
         float32 (B, Q, M, D)
     """
+    form = form or ("grid_sample" if torch.compiler.is_exporting() else "embedding_bag")
+    return _FORMS[form](values, sizes, constants, points, weights)
+
+
+def _by_embedding_bag(
+    values: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    constants: Sequence[Tensor],
+    points: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """The four neighbours of all points of a query and head are summed in one weighted embedding bag: of
+    ``grid_sample`` per level, whose samples have to be stored and summed, this takes a sixth of the
+    time, and an eighth of the memory for the backward pass."""
     batch, length, heads, _ = values.shape
-    heights, widths, first = constants
+    _, heights, widths, first = constants
     images = torch.arange(batch, dtype=torch.int32, device=values.device)[:, None, None]
     first = first + images * (length * heads)
 
@@ -122,6 +141,29 @@ def weighted_samples(
         mode="sum",
     )
     return read.view(batch, -1, heads, read.shape[-1])
+
+
+def _by_grid_sample(
+    values: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    constants: Sequence[Tensor],
+    points: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """A level at a time."""
+    heads = values.shape[2]
+    grids = (points / constants[0][:, None] * 2 - 1).transpose(1, 2).flatten(0, 1)  # of a head each
+    weights = weights.transpose(1, 2).flatten(0, 1)  # (B M, Q, L, P)
+    levels = values.split([height * width for height, width in sizes], 1)
+    read = 0
+    for level, (own, size) in enumerate(zip(levels, sizes, strict=True)):
+        maps = own.permute(0, 2, 3, 1).unflatten(3, size).flatten(0, 1)  # (B M, D, h, w)
+        samples = F.grid_sample(maps, grids[:, :, level], align_corners=False)  # (B M, D, Q, P)
+        read = read + (samples * weights[:, None, :, level]).sum(-1)
+    return read.unflatten(0, (-1, heads)).permute(0, 3, 1, 2)
+
+
+_FORMS = {"embedding_bag": _by_embedding_bag, "grid_sample": _by_grid_sample}
 
 
 def map_constants(

@@ -1,5 +1,7 @@
+import itertools
+
+import pytest
 import torch
-import torch.nn.functional as F
 
 from ris_d2.modeling.layers.deformable_attention import (
     MultiScaleDeformableAttention,
@@ -10,33 +12,47 @@ from ris_d2.modeling.layers.deformable_attention import (
 SIZES = [(3, 4), (5, 7)]
 
 
-def by_grid_sample(values, sizes, points, weights):
-    """The same, a level at a time."""
-    batch, _, heads, dim = values.shape
-    read = 0
-    for level, value in enumerate(values.split([h * w for h, w in sizes], 1)):
+def by_hand(values, sizes, points, weights):
+    """The same sum, point by point."""
+    out = torch.zeros(*points.shape[:3], values.shape[-1])
+    starts = [0, *torch.tensor([h * w for h, w in sizes]).cumsum(0).tolist()]
+    for b, q, m, level, p in itertools.product(*map(range, weights.shape)):
         height, width = sizes[level]
-        maps = value.permute(0, 2, 3, 1).reshape(batch * heads, dim, height, width)
-        grid = points[:, :, :, level] / torch.tensor([width, height]) * 2 - 1
-        grid = grid.transpose(1, 2).flatten(0, 1)
-        samples = F.grid_sample(maps, grid, mode="bilinear", align_corners=False)
-        level_weights = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)
-        read = read + (samples * level_weights[:, None]).sum(-1)
-    return read.view(batch, heads, dim, -1).permute(0, 3, 1, 2)
+        x, y = (points[b, q, m, level, p] - 0.5).tolist()
+        for row, column in itertools.product(range(height), range(width)):
+            share = max(0, 1 - abs(x - column)) * max(0, 1 - abs(y - row))
+            pixel = values[b, starts[level] + row * width + column, m]
+            out[b, q, m] += weights[b, q, m, level, p] * share * pixel
+    return out
 
 
-def test_samples_and_gradients_equal_grid_sample_inside_and_outside():
+def samples(num_queries):
     torch.manual_seed(0)
     values = torch.randn(2, 12 + 35, 3, 4, requires_grad=True)
-    points = (torch.rand(2, 6, 3, 2, 5, 2) * 12 - 3).requires_grad_()  # up to 3 beyond the edges
-    weights = torch.randn(2, 6, 3, 2, 5, requires_grad=True)
+    # Up to 3 beyond the edges.
+    points = (torch.rand(2, num_queries, 3, 2, 5, 2) * 12 - 3).requires_grad_()
+    weights = torch.randn(2, num_queries, 3, 2, 5, requires_grad=True)
+    return values, points, weights
+
+
+@pytest.mark.parametrize("form", ["embedding_bag", "grid_sample"])
+def test_samples_inside_and_outside_are_bilinear(form):
+    values, points, weights = (x.detach() for x in samples(2))
     assert (points < 0).any() and (points > 8).any()
+    out = weighted_samples(values, SIZES, map_constants(SIZES, 3, 5), points, weights, form=form)
+    expected = by_hand(values, SIZES, points, weights)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_all_forms_give_the_same_samples_and_gradients():
+    inputs = values, points, weights = samples(6)
     results = []
-    _, *constants = map_constants(SIZES, 3, 5)
-    for function, maps in ((weighted_samples, constants), (by_grid_sample, SIZES)):
-        out = function(values, maps, points, weights)
+    for form in ("embedding_bag", "grid_sample"):
+        out = weighted_samples(
+            values, SIZES, map_constants(SIZES, 3, 5), points, weights, form=form
+        )
         seed = torch.arange(out.numel(), dtype=torch.float32).view(out.shape).sin()
-        results.append([out, *torch.autograd.grad((out * seed).sum(), (values, points, weights))])
+        results.append([out, *torch.autograd.grad((out * seed).sum(), inputs)])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
