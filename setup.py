@@ -46,6 +46,7 @@ setup(
         "beit3": ["sentencepiece"],  # reads beit3.spm; a tokenizer.json does without
         "analysis": ["scikit-learn"],  # t-SNE of tools/attention/main.py
         "supervision": ["supervision"],  # Results.to_supervision
-        "dev": ["pytest"],
+        "export": ["onnx", "onnxruntime", "onnxscript"],  # tools/export.py; about 110 MB
+        "dev": ["pytest", "onnx", "onnxruntime", "onnxscript"],
     },
 )

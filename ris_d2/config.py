@@ -234,6 +234,9 @@ def _add_model_keys(cfg: CN) -> None:
     # parameters or more, else fp32; Predictor's choice, whatever a recipe trains with.
     # SOLVER.AMP.ENABLED makes fp32 fp16.
     cfg.MODEL.RIS.PRECISION = "fp32"
+    # Compile what is computed per image and per sentence (torch.compile; needs a C++ compiler): the
+    # first calls take minutes, those after them less time. One more compilation for a single sentence.
+    cfg.MODEL.RIS.COMPILE = False
     # Parts without gradient, {part: eval | train}: the mode says whether dropout, DropPath and
     # BatchNorm behave as in evaluation or as in training. none: a _BASE_ freezes it, this does not.
     cfg.MODEL.RIS.FREEZE = CN(new_allowed=True)

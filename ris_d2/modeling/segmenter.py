@@ -1,8 +1,11 @@
 """ReferringSegmenter: what all methods have in common as detectron2 meta-architectures."""
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +52,7 @@ class ReferringSegmenter(nn.Module):
         pixel_std: Sequence[float],
         input_size: tuple[int, int],
         precision: str = "fp32",
+        compiles: bool = False,
         freeze: Mapping[str, str] | None = None,
         no_target: str = "none",
         sentence_dim: int | None = None,
@@ -66,6 +70,7 @@ class ReferringSegmenter(nn.Module):
             pixel_mean, pixel_std: per RGB channel, in 0..255.
             input_size: (height, width) that smaller images are padded to with zeros after normalisation.
             precision: fp32, bf16, fp16 or auto; the autocast dtype of the forward pass.
+            compiles: run ``encode_images`` and ``segment`` through torch.compile.
             freeze: part -> "eval" or "train": parts without gradients and the mode they stay in; "none":
                 a part that a config's _BASE_ freezes and the config does not.
             no_target: none, area or head; see MODEL.RIS.NO_TARGET.
@@ -91,6 +96,8 @@ class ReferringSegmenter(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self.input_size = tuple(input_size)
         self.precision = precision
+        self.compiles = compiles
+        self._ran: set[str] = set()
         for part, mode in (freeze or {}).items():
             check_choice(f"MODEL.RIS.FREEZE.{part}", mode, ("eval", "train", "none"))
         self.freeze = {part: mode for part, mode in (freeze or {}).items() if mode != "none"}
@@ -110,6 +117,7 @@ class ReferringSegmenter(nn.Module):
         return {
             "to_be_applied": ["SOLVER.RIS"] + ["MODEL.INIT"] * bool(cfg.MODEL.INIT),
             "input_size": cfg.INPUT.RIS.SIZE,
+            "compiles": ris.COMPILE,
             "freeze": ris.FREEZE,
             "min_area": cfg.TEST.NO_TARGET_MIN_AREA,
             "max_expressions": cfg.TEST.MAX_EXPRESSIONS,
@@ -211,14 +219,22 @@ class ReferringSegmenter(nn.Module):
             referred to, or None if that is not the method's to say; E times predicted instances, or
             None.
         """
-        logits = outputs["mask_logits"][rows].float()
-        absent = None
-        if self.existence_head is not None:
-            scores = outputs["existence_logits"][rows].float().sigmoid()
-            absent = scores < self.threshold("existence_threshold", inputs)
-        else:
-            scores = logits.flatten(1).max(1).values.sigmoid()
+        logits, scores, absent = self.decide(outputs, rows, inputs)
         return self.restore(logits, inputs), scores, absent, [None] * len(scores)
+
+    def decide(
+        self, outputs: dict[str, Any], rows: slice, inputs: dict
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What of ``predict`` does not depend on the output's size, of which exported graphs are made.
+
+        Returns:
+            mask logits (E, h, w), over the whole input; scores and absent as of ``predict``.
+        """
+        logits = outputs["mask_logits"][rows].float()
+        if self.existence_head is None:
+            return logits, logits.flatten(1).max(1).values.sigmoid(), None
+        scores = outputs["existence_logits"][rows].float().sigmoid()
+        return logits, scores, scores < self.threshold("existence_threshold", inputs)
 
     def probabilities(self, outputs: dict[str, Any], rows: slice, inputs: dict) -> Tensor:
         """Of which ``predict`` makes the masks: float (E, height, width); arguments as there."""
@@ -299,7 +315,7 @@ class ReferringSegmenter(nn.Module):
         # need not wait.
         targets = self.prepare_targets(batched_inputs)
         with self._autocast():
-            outputs = self._segment(self.encode_images(images, views), *text)
+            outputs = self._run("run_segment", self._run("encode_images", images, views), *text)
         return self.losses(outputs, targets)
 
     @property
@@ -321,7 +337,7 @@ class ReferringSegmenter(nn.Module):
         """What ``answer`` takes, as often as wished: features of B inputs, whatever their sentences."""
         images, views = self._collate_images(batched_inputs)
         with self._autocast():
-            return self.encode_images(images, views)
+            return self._run("encode_images", images, views)
 
     @torch.no_grad()
     def answer(self, features: Any, batched_inputs: list[dict]) -> list[dict]:
@@ -332,7 +348,7 @@ class ReferringSegmenter(nn.Module):
         for start in range(0, len(owners), self.max_expressions):
             part = slice(start, start + self.max_expressions)
             with self._autocast():
-                outputs = self._segment(features, *(x[part] for x in text))
+                outputs = self._run("run_segment", features, *(x[part] for x in text))
             results.extend(self._results(outputs, owners[part]))
         # All numbers at once and last: reading waits for a GPU.
         numbers = torch.stack([torch.stack([x["score"], x["no_target"]]) for x in results])
@@ -341,7 +357,21 @@ class ReferringSegmenter(nn.Module):
         remaining = iter(results)
         return [{"referring": [next(remaining) for _ in x["expressions"]]} for x in batched_inputs]
 
-    def _segment(self, features: Any, *text: Tensor) -> dict[str, Any]:
+    def _run(self, method: str, *arguments: Any) -> Any:
+        """Call a method of this object, compiled if MODEL.RIS.COMPILE says so."""
+        # The first call is not: it computes what depends on sizes alone, which must not be traced.
+        if not self.compiles or method not in self._ran:
+            self._ran.add(method)
+            return getattr(self, method)(*arguments)
+        if method == "run_segment":
+            for text in arguments[1:]:  # one graph for all numbers and lengths of sentences
+                for dimension in range(text.ndim):
+                    torch._dynamo.maybe_mark_dynamic(text, dimension)
+        # Not a bound method: a copy of the model must not compute with the weights of its original.
+        return _compiled(getattr(type(self), method))(self, *arguments)
+
+    def run_segment(self, features: Any, *text: Tensor) -> dict[str, Any]:
+        """``segment``, and "existence_logits" (E,) of the existence head if there is one."""
         outputs = self.segment(features, *text)
         if self.existence_head is not None:
             outputs["existence_logits"] = self.existence_head(outputs["sentence"])
@@ -464,6 +494,21 @@ class ReferringSegmenter(nn.Module):
         if dtype is torch.float16 and self.device.type == "cpu":
             raise ValueError("MODEL.RIS.PRECISION fp16 needs a GPU; use bf16 on a CPU")
         return torch.autocast(self.device.type, dtype)
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    """
+    Raises:
+        ValueError: no C++ compiler, which torch.compile would miss with a page of its own.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise ValueError(
+            f"MODEL.RIS.COMPILE needs a C++ compiler, and there is no {compiler}: install one, name it "
+            "in $CXX, or leave COMPILE False"
+        )
+    return torch.compile(function, fullgraph=True)
 
 
 def _runs(keys: Sequence[int]) -> list[slice]:

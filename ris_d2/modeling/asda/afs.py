@@ -110,7 +110,8 @@ class AdaptiveFeatureSelection(nn.Module):
             tokens, rows = candidates.flatten(0, 1), image_index * len(layers) + choice
             # Sizes must not depend on what was chosen: a GPU would be waited for. In training each
             # expression counts in BatchNorm's statistics, as released.
-            if self.training or choice.shape[0] < tokens.shape[0]:
+            few = torch.compiler.is_compiling() or choice.shape[0] < tokens.shape[0]
+            if self.training or few:
                 tokens, rows = tokens[rows], torch.arange(choice.shape[0], device=choice.device)
         return Selected(_to_map(tokens, grid), rows, chosen_layers)
 

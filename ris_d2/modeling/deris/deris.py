@@ -17,6 +17,8 @@ from .criterion import DeRISCriterion
 from .loopback import cognition_rounds, run_rounds
 from .perception import PerceptionBranch
 
+_NOWHERE = -100.0  # logit of a mask without a pixel
+
 
 @META_ARCH_REGISTRY.register()
 class DeRIS(ReferringSegmenter):
@@ -161,6 +163,15 @@ class DeRIS(ReferringSegmenter):
         index = chosen.nonzero()[:, :1, None].expand_as(maps)
         return maps.new_zeros(len(chosen), *maps.shape[1:]).scatter_reduce_(0, index, maps, "amax")
 
+    def decide(
+        self, outputs: dict[str, Any], rows: slice, inputs: dict
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The highest logit of the chosen queries, at the input's size."""
+        existence, _, chosen = self._choose(outputs, rows, inputs)
+        logits = self._enlarge(outputs["rounds"][-1]["mask_logits"][rows])
+        logits = logits.masked_fill(~chosen[..., None, None], _NOWHERE).amax(1)
+        return logits, existence, ~chosen.any(1)
+
     @property
     def thresholds(self) -> dict[str, float]:
         return {**super().thresholds, "score_threshold": self.score_threshold}
@@ -182,8 +193,10 @@ class DeRIS(ReferringSegmenter):
         """(M, h, w) -> bool (M, height, width), M may be 0; see ``restore``."""
         if len(logits) == 0:
             return logits.new_zeros(0, inputs["height"], inputs["width"], dtype=torch.bool)
-        # As released, and as the loss sees them.
-        maps = F.interpolate(
-            logits[None].float(), size=self.input_size, mode="bilinear", align_corners=True
+        return self.restore(self._enlarge(logits[None])[0], inputs, **threshold)
+
+    def _enlarge(self, logits: Tensor) -> Tensor:
+        """(E, Q, h, w) -> (E, Q, H, W), as released, and as the loss sees them."""
+        return F.interpolate(
+            logits.float(), size=self.input_size, mode="bilinear", align_corners=True
         )
-        return self.restore(maps[0], inputs, **threshold)
