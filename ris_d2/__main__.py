@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("sentences", nargs="*", metavar="SENTENCE")
     parser.add_argument(
         "--model",
-        default="example",
+        # Not by its name: there may be a folder of that name here.
+        default=example.FOLDER,
         help="a model folder, a name of docs/weights.md, or organisation/repository on the Hugging Face hub",
     )
     parser.add_argument(

@@ -41,6 +41,14 @@ def test_the_command_says_mistakes_in_one_line(words, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_without_arguments_it_is_the_example_whatever_lies_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "example").mkdir()
+    main([])
+    assert example.SENTENCES[0] in capsys.readouterr().out
+    assert (tmp_path / "output" / "demo" / "0_overlay.png").is_file()
+
+
 def test_the_command_wants_sentences_of_an_image(capsys):
     with pytest.raises(SystemExit):
         main([example.SCENE])

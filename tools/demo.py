@@ -65,12 +65,12 @@ def main(arguments: list[str] | None = None) -> None:
     if args.config_file:
         cfg = load(args, options=weights)
     else:
-        cfg = find_config("example", [*args.opts, *weights], modules=args.modules)
+        cfg = find_config(example.FOLDER, [*args.opts, *weights], modules=args.modules)
     if not cfg.MODEL.WEIGHTS and not args.untrained:
         raise ValueError("no weights: give --weights FILE, or --untrained to see random masks")
     paths = image_paths(args.image or [example.SCENE])
     texts = args.text or example.SENTENCES
-    model = args.config_file or "example"
+    model = args.config_file or example.FOLDER
     answer_images(Predictor(cfg), paths, texts, output=args.output, model=model)
 
 

@@ -39,7 +39,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument(
         "--model",
-        default="example",
         help="a model folder, a name of docs/weights.md, or organisation/repository on the Hugging Face "
         "hub (default: the small model that comes with ris_d2)",
     )
@@ -70,6 +69,7 @@ import torch
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from ris_d2 import example
 from ris_d2.io import atomic_write, load_json, reading
 from ris_d2.predictor import Predictor, Results, load_rgb
 from ris_d2.visualization import overlay, picture_grid, write_png
@@ -106,7 +106,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = list(args.opts)
     if torch.cuda.is_available() and "MODEL.DEVICE" not in options[::2]:
         options += ["MODEL.DEVICE", f"cuda:{os.environ.get('LOCAL_RANK', 0)}"]
-    predictor = Predictor.from_pretrained(args.model, options, modules=args.modules)
+    predictor = Predictor.from_pretrained(
+        args.model or example.FOLDER, options, modules=args.modules
+    )
     source = _files(root, paths) if paths else _frames(args.images, args.every)
     count = len(paths) if paths else _count_frames(args.images, args.every)
     _answer_all(
@@ -317,7 +319,10 @@ def _report(args: argparse.Namespace, root: str) -> None:
             expression["annotation_ids"].append(annotation["id"])
             annotations.append(annotation)
     content = {
-        "info": {"description": f"tools/predict.py, model {args.model}", "errors": errors},
+        "info": {
+            "description": f"tools/predict.py, model {args.model or 'example'}",
+            "errors": errors,
+        },
         "images": images,
         "annotations": annotations,
         "categories": [{"id": 1, "name": "referred"}],
