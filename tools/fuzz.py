@@ -81,6 +81,7 @@ from ris_d2.data.phrasecut import load_phrasecut
 from ris_d2.data.records import Skipped, forget_instances
 from ris_d2.data.refclef import load_refclef
 from ris_d2.data.refer import load_refer
+from ris_d2.data.refzom import load_refzom
 from ris_d2.data.ris_json import load_ris_json
 from ris_d2.data.tokenizer import Tokenizer
 from ris_d2.engine.history import read_history
@@ -395,6 +396,14 @@ def grefcoco_files() -> dict[str, File]:
         "grefs(unc).json": made(refs, dump_json),
         "instances.json": made(_instances(), dump_json),
     }
+
+
+def refzom_files() -> dict[str, File]:
+    refs = [
+        {**ref, "source": "zero" if ref["no_target"] else "one"}
+        for ref in refshapes.references(_scenes(), generalized=True)
+    ]
+    return {"refs(final).p": _refs_pickle(refs), "instances.json": made(_instances(), dump_json)}
 
 
 def refclef_files() -> dict[str, File]:
@@ -761,6 +770,7 @@ def read_study(name: str) -> None:
 READERS = {
     "refcoco": _refs_reader(load_refer, refcoco_files, "refs(unc).p"),
     "grefcoco": _refs_reader(load_grefer, grefcoco_files, "grefs(unc).json"),
+    "refzom": _refs_reader(load_refzom, refzom_files, "refs(final).p"),
     "refclef": _refs_reader(load_refclef, refclef_files, "refs(unc).p"),
     "phrasecut": Reader(
         phrasecut_files, partial(read_refs, _load_phrasecut, "refer_val.json", len)
