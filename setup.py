@@ -47,6 +47,7 @@ setup(
         "analysis": ["scikit-learn"],  # t-SNE of tools/attention/main.py
         "supervision": ["supervision"],  # Results.to_supervision
         "export": ["onnx", "onnxruntime", "onnxscript"],  # tools/export.py; about 110 MB
+        "web": ["gradio>=6"],  # tools/webdemo.py; it keeps Pillow below 13
         "dev": ["pytest", "onnx", "onnxruntime", "onnxscript"],
     },
 )

@@ -21,6 +21,16 @@ from .io import atomic_write
 TARGET_COLOR = (0, 114, 178)
 PREDICTION_COLOR = (230, 110, 0)
 
+# Of the sentences 0, 1, ... about one image, again from the start behind the last one.
+SENTENCE_COLORS = (
+    (230, 40, 40),
+    (40, 110, 240),
+    (30, 170, 60),
+    (240, 160, 0),
+    (150, 60, 200),
+    (0, 180, 190),
+)
+
 _GAP, _FONT, _LINE, _LETTER = 12, 14, 18, 8.3  # pixels; the last is the width of an average letter
 
 
@@ -59,6 +69,24 @@ def overlay(
     cv2.drawContours(painted, contours, -1, (255, 255, 255), width + 2, cv2.LINE_AA)
     cv2.drawContours(painted, contours, -1, tuple(color), width, cv2.LINE_AA)
     return painted
+
+
+def enlarge(
+    image: np.ndarray, masks: Sequence[np.ndarray], *, width: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Image and bool masks, larger if the image is less than ``width`` pixels wide: contours that are
+    painted then are thin beside what they surround."""
+    scale = max(1.0, width / image.shape[1])
+    large = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    masks = [np.asarray(mask, np.float32) for mask in masks]
+    return large, [cv2.resize(mask, None, fx=scale, fy=scale) >= 0.5 for mask in masks]
+
+
+def overlay_all(image: np.ndarray, masks: Sequence[np.ndarray]) -> np.ndarray:
+    """Paint the masks of sentences 0, 1, ..., each in its SENTENCE_COLORS; see :func:`overlay`."""
+    for i, mask in enumerate(masks):
+        image = overlay(image, mask, color=SENTENCE_COLORS[i % len(SENTENCE_COLORS)])
+    return image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +139,7 @@ def _answer(
         tint = (235 + 0.08 * np.array(color)).astype(np.uint8)
         return np.broadcast_to(tint, image.shape), nothing if mask is None else "empty mask"
     # A contour of 2 pixels of the sheet, whether the image is drawn larger or smaller.
-    scale = max(1.0, cell / image.shape[1])
-    image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
-    mask = cv2.resize(np.asarray(mask, np.float32), None, fx=scale, fy=scale) >= 0.5
+    image, (mask,) = enlarge(image, [mask], width=cell)
     return overlay(image, mask, color=color, width=max(2, round(2 * image.shape[1] / cell)))
 
 

@@ -65,8 +65,11 @@ def third_party_imports(path):
 
 
 def test_every_import_is_declared_and_every_declaration_imported(declared):
-    requirements = {re.match(r"[\w-]+", line)[0] for line in declared["install_requires"]}
-    optional = {line for extra in declared["extras_require"].values() for line in extra}
+    extras = [line for extra in declared["extras_require"].values() for line in extra]
+    requirements, optional = (
+        {re.match(r"[\w-]+", line)[0] for line in lines}
+        for lines in (declared["install_requires"], extras)
+    )
     imported = {name for path in sources() for name in third_party_imports(path)}
     assert imported - optional - NOT_DECLARED == requirements
 

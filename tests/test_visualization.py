@@ -6,10 +6,13 @@ from PIL import Image
 
 from ris_d2.visualization import (
     PREDICTION_COLOR,
+    SENTENCE_COLORS,
     TARGET_COLOR,
     SheetRow,
     contact_sheet,
+    enlarge,
     overlay,
+    overlay_all,
     picture_grid,
     write_png,
 )
@@ -44,6 +47,26 @@ def test_overlay_keeps_a_hole(image, mask):
     mask[25:35, 35:45] = False
     painted = overlay(image, mask, alpha=0.5)
     assert painted[30, 40].tolist() == [100, 100, 100]
+
+
+def test_masks_of_several_sentences_have_their_colours_again_from_the_start():
+    image = np.full((60, 140, 3), 100, dtype=np.uint8)
+    masks = np.zeros((len(SENTENCE_COLORS) + 1, 60, 140), dtype=bool)
+    for i, mask in enumerate(masks):
+        mask[10:50, 20 * i : 20 * i + 15] = True
+    painted = overlay_all(image, masks)
+    for i in range(len(masks)):
+        color = np.array(SENTENCE_COLORS[i % len(SENTENCE_COLORS)])
+        inside = np.rint(0.55 * image[30, 20 * i + 7] + 0.45 * color)
+        assert painted[30, 20 * i + 7].tolist() == inside.tolist()
+    assert (overlay_all(image, []) == image).all()
+
+
+def test_small_images_are_enlarged_with_their_masks_and_large_ones_stay(image, mask):
+    large, (large_mask,) = enlarge(image, [mask], width=160)
+    assert large.shape == (120, 160, 3) and large_mask.sum() == 4 * mask.sum()
+    same, (same_mask,) = enlarge(image, [mask], width=40)
+    assert (same == image).all() and (same_mask == mask).all()
 
 
 @pytest.mark.parametrize(

@@ -72,17 +72,7 @@ from tqdm import tqdm
 from ris_d2 import example
 from ris_d2.io import atomic_write, load_json, reading
 from ris_d2.predictor import Predictor, Results, load_rgb
-from ris_d2.visualization import overlay, picture_grid, write_png
-
-# Of the sentences 0, 1, ..., again from the start behind the last one.
-COLORS = [
-    (230, 40, 40),
-    (40, 110, 240),
-    (30, 170, 60),
-    (240, 160, 0),
-    (150, 60, 200),
-    (0, 180, 190),
-]
+from ris_d2.visualization import overlay, overlay_all, picture_grid, write_png
 
 # Position, name, and a function that gives the RGB image.
 Source = Iterator[tuple[int, str, Callable[[], np.ndarray]]]
@@ -279,9 +269,8 @@ def _draw(
     if args.no_overlays:
         return
     stem = os.path.splitext(os.path.basename(name))[0]
-    for i, result in enumerate(results):
-        image = overlay(image, result["mask"].numpy(), color=COLORS[i % len(COLORS)])
-    write_png(os.path.join(args.output, "overlays", f"{position:06d}_{stem}.png"), image)
+    painted = overlay_all(image, [result["mask"].numpy() for result in results])
+    write_png(os.path.join(args.output, "overlays", f"{position:06d}_{stem}.png"), painted)
 
 
 def _records(output: str) -> list[dict]:

@@ -136,7 +136,13 @@ class Tokenizer:
             self._warn(cleaned, encoded)
         return input_ids, text_mask
 
-    def _warn(self, texts: list[str], encoded: list[list[int]]) -> None:
+    def unread(self, texts: list[str]) -> tuple[list[str], list[str]]:
+        """What a model cannot take from the sentences: words that the tokenizer does not know, and
+        the sentences that are too long, each with a note of how much is read."""
+        cleaned = [clean_text(text) for text in texts] if self.clean else list(texts)
+        return self._unread(cleaned, self._encode(cleaned))
+
+    def _unread(self, texts: list[str], encoded: list[list[int]]) -> tuple[list[str], list[str]]:
         most, unknown_id = self.max_tokens - 2, self._words.unk_token_id
         unknown, cut = [], []
         for text, ids in zip(texts, encoded):
@@ -146,8 +152,12 @@ class Tokenizer:
                 unknown += found or [text]
             if len(ids) > most:
                 cut.append(f"{text!r} (its first {most} of {len(ids)} tokens are read)")
+        return list(dict.fromkeys(unknown)), cut
+
+    def _warn(self, texts: list[str], encoded: list[list[int]]) -> None:
+        unknown, cut = self._unread(texts, encoded)
         if unknown:
-            names = ", ".join(map(repr, dict.fromkeys(unknown)))
+            names = ", ".join(map(repr, unknown))
             logger.warning("The tokenizer %s does not know: %s", self.file, names)
         if cut:
             names = ", ".join(cut)

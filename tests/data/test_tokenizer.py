@@ -240,6 +240,15 @@ def test_unknown_words_and_cut_sentences_are_named_once_per_call(shapes_folder, 
         assert "does not know" not in caplog.text
 
 
+def test_what_is_not_read_can_be_asked_for(shapes_folder, caplog):
+    tokenizer = make("hf", shapes_folder, max_tokens=6)
+    texts = ["the circle", "the shiny teapot", "the teapot", "the red circle left of the square"]
+    with caplog.at_level("WARNING"):
+        unknown, cut = tokenizer.unread(texts)
+    assert unknown == ["shiny", "teapot"] and not caplog.text
+    assert cut == ["'the red circle left of the square' (its first 4 of 7 tokens are read)"]
+
+
 def test_a_loaders_calls_stop_warning(shapes_folder, caplog):
     tokenizer = make("hf", shapes_folder)
     with caplog.at_level("WARNING"):
