@@ -284,7 +284,7 @@ def check_files(name: str) -> None:
     """
     if name not in DatasetCatalog:
         known = sorted(filter(_is_referring, DatasetCatalog.list()))
-        close = difflib.get_close_matches(name, known, 1)
+        close = difflib.get_close_matches(name, DatasetCatalog.list(), 1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ValueError(f"unknown dataset {name!r}; {hint}known: {', '.join(known)}")
     for member in MIXTURES.get(name, (name,)):
