@@ -45,7 +45,14 @@ BAR = {"mIoU": 90.0, "N_acc": 100.0, "T_acc": 100.0}
 RECIPES = {
     "deris": ["SOLVER.MAX_ITER", 160],
     "risam": ["SOLVER.MAX_ITER", 200],
-    "vipa": ["SOLVER.MAX_ITER", 200, "SOLVER.WARMUP_ITERS", 50],
+    # Smaller, for time: 6 x 6 tokens with Muon are at mIoU 71 after 120 steps.
+    "vipa": [
+        *("INPUT.RIS.SIZE", (96, 96), "MODEL.VIPA.DIM", 64),
+        *("MODEL.VIPA.DECODER.ATTENTION_STAGES", (4, 3, 2, 1)),
+        *("SOLVER.RIS.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", 1e-3),
+        *("SOLVER.RIS.LR_FACTORS", [["encoder.text.layers", 0.1]]),
+        *("SOLVER.MAX_ITER", 200, "SOLVER.WARMUP_ITERS", 50),
+    ],
     "asda": ["SOLVER.MAX_ITER", 300],
     "shared_ris": ["SOLVER.MAX_ITER", 300],
 }
