@@ -4,6 +4,9 @@ import functools
 import itertools
 import logging
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -216,4 +219,14 @@ def shard(counts: Sequence[int], *, rank: int, world_size: int) -> range:
 def _init_worker(worker_id: int) -> None:
     # torch's workers watch their parent only once they have started, which takes them seconds.
     die_with_parent(multiprocessing.parent_process().pid)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent_alone, daemon=True).start()
     cv2.setNumThreads(0)  # every worker a core; OpenCV's own threads would compete for it
+
+
+def _obey_parent_alone() -> None:
+    # Schedulers and torchrun end whole groups of processes; the training's last step needs its workers.
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

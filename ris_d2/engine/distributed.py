@@ -5,7 +5,9 @@ import datetime
 import errno
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
@@ -16,6 +18,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..processes import die_with_parent
+from .hooks import Preempted
 
 __all__ = ["claim", "launch", "leave_process_group", "share_buffers"]
 
@@ -72,9 +75,13 @@ def launch(
             raise ValueError("--num-machines needs --dist-url tcp://HOST:PORT of the first machine")
         url = f"tcp://127.0.0.1:{_free_port()}" if dist_url == "auto" else dist_url
         where = (machine_rank, num_machines * num_processes, num_processes, url)
-        torch.multiprocessing.spawn(
-            _run_process, (os.getpid(), device, where, main, args), nprocs=num_processes
+        started = torch.multiprocessing.spawn(
+            _run_process,
+            (os.getpid(), device, where, main, args),
+            nprocs=num_processes,
+            join=False,
         )
+        _wait(started)
 
 
 @contextlib.contextmanager
@@ -167,8 +174,29 @@ def _run_process(
     if on_gpu:
         torch.cuda.set_device(local_rank)
     comm.synchronize()  # the first collective waits for the slowest start
-    main(*args)
+    try:
+        main(*args)
+    except Preempted:  # in all processes after the same step
+        leave_process_group()
+        raise
     leave_process_group()
+
+
+def _wait(started: torch.multiprocessing.ProcessContext) -> None:
+    """Wait for processes, which are told of SIGTERM, and raise what ended one of them."""
+
+    def tell(*_: object) -> None:
+        for process in started.processes:
+            process.terminate()
+
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, tell) if is_main_thread else None
+    try:
+        while not started.join():
+            pass
+    finally:
+        if is_main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _free_port() -> int:

@@ -4,11 +4,14 @@ import json
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Callable
 from operator import index
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
@@ -16,7 +19,15 @@ from ..checkpoint import RISCheckpointer
 from ..io import atomic_write, load_json, reading
 from .history import cut_history, has_evaluation, read_history
 
-__all__ = ["BestCheckpoint", "EarlyStop", "Evaluation", "StepSeed", "TrainingEnded"]
+__all__ = [
+    "BestCheckpoint",
+    "EarlyStop",
+    "Evaluation",
+    "Preempted",
+    "Preemption",
+    "StepSeed",
+    "TrainingEnded",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -194,3 +205,65 @@ class EarlyStop(HookBase):
                 self._patience,
             )
             raise TrainingEnded
+
+
+class Preempted(SystemExit):
+    """Ends the program with 143, the status that shells give for SIGTERM: the training is not done."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+class Preemption(HookBase):
+    """On SIGTERM to any of the processes, saves a checkpoint and ends all of them after the same step.
+
+    Runs on all processes, before Evaluation, which a resumed training makes up for. Whether one has
+    been asked to end is summed up over CPU tensors while the next step runs: nobody waits for it, and
+    with several processes the training ends one step later than with one.
+
+    Args:
+        checkpointer: writes to its ``save_dir``.
+    """
+
+    def __init__(self, checkpointer: RISCheckpointer):
+        self._checkpointer = checkpointer
+        self._is_asked = False
+        self._sum: tuple[torch.Tensor, dist.Work] | None = None
+        self._handles = threading.current_thread() is threading.main_thread()  # Python's rule
+
+    def before_train(self) -> None:
+        if self._handles:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+
+    def after_step(self) -> None:
+        if self._someone_was_asked():
+            iteration = self.trainer.iter
+            if comm.is_main_process():
+                self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+                logger.info(
+                    "SIGTERM: the training ends after %d iterations; --resume goes on",
+                    iteration + 1,
+                )
+            raise Preempted
+
+    def after_train(self) -> None:
+        if self._handles:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_: object) -> None:
+        self._is_asked = True
+
+    def _someone_was_asked(self) -> bool:
+        """Of one process: now. Of several: before the last call, of which all know the same."""
+        if comm.get_world_size() == 1:
+            return self._is_asked
+        last, self._sum = self._sum, None
+        if last:
+            last[1].wait()
+            if last[0].item():
+                return True
+        if self.trainer.iter + 1 < self.trainer.max_iter:
+            asked = torch.tensor([int(self._is_asked)])
+            group = comm._get_global_gloo_group()
+            self._sum = asked, dist.all_reduce(asked, group=group, async_op=True)
+        return False

@@ -23,7 +23,7 @@ from ..data.loader import build_test_loader, build_train_loader
 from ..evaluation import ReferringEvaluator
 from ..io import sweep_temporaries
 from .ema import WeightAverage
-from .hooks import BestCheckpoint, EarlyStop, Evaluation, StepSeed, TrainingEnded
+from .hooks import BestCheckpoint, EarlyStop, Evaluation, Preemption, StepSeed, TrainingEnded
 from .optimizer import build_optimizer
 from .distributed import share_buffers
 from .schedule import build_lr_scheduler, with_iterations
@@ -91,7 +91,10 @@ class Trainer(DefaultTrainer):
         stock = super().build_hooks()
         position = next(i for i, hook in enumerate(stock) if isinstance(hook, hooks.EvalHook))
         period, patience, best = self.cfg.TEST.EVAL_PERIOD, self.cfg.SOLVER.RIS.PATIENCE, None
-        evaluations = [Evaluation(period, self._evaluate, self.cfg.OUTPUT_DIR)]
+        evaluations = [
+            Preemption(self.checkpointer),
+            Evaluation(period, self._evaluate, self.cfg.OUTPUT_DIR),
+        ]
         if comm.is_main_process():
             best = BestCheckpoint(self.checkpointer, self.cfg.TEST.BEST_METRIC)
             evaluations.append(best)

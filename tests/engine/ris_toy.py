@@ -1,9 +1,14 @@
 """A model of 73 parameters on records without images, for tests of everything around the model."""
 
+import multiprocessing
+import os
+import subprocess
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.data import DatasetCatalog
+from detectron2.engine import HookBase
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
@@ -118,7 +123,26 @@ def toy_mapper(record, rng=None):
     }
 
 
+class Terminates(HookBase):
+    """Ends process ``target()`` as a scheduler does, in the last process and in its loader's workers."""
+
+    def __init__(self, iteration, target):
+        self.iteration, self.target = iteration, target
+
+    def before_step(self):
+        if self.trainer.iter == self.iteration and comm.get_rank() == comm.get_world_size() - 1:
+            workers = [process.pid for process in multiprocessing.active_children()]
+            subprocess.run(["kill", *map(str, [*workers, self.target()])], check=True)
+
+
 class ToyTrainer(Trainer):
+    def build_hooks(self):
+        hooks = super().build_hooks()
+        if self.cfg.TOY_SIGTERM >= 0:
+            target = os.getpid if comm.get_world_size() == 1 else os.getppid
+            hooks.append(Terminates(self.cfg.TOY_SIGTERM, target))
+        return hooks
+
     @classmethod
     def build_train_loader(cls, cfg):
         return build_train_loader(cfg, mapper=toy_mapper)
@@ -131,7 +155,7 @@ class ToyTrainer(Trainer):
 def toy_cfg(output_dir, **options):
     """``options`` have __ for the dots of a key."""
     cfg = get_ris_cfg()
-    cfg.TOY_DROPOUT, cfg.TOY_FREEZE = 0.3, False
+    cfg.TOY_DROPOUT, cfg.TOY_FREEZE, cfg.TOY_SIGTERM = 0.3, False, -1
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "RISToy", "cpu", ""
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("toy_ris_train",), ("toy_ris_val",)
     cfg.INPUT.RIS.UNIT, cfg.DATALOADER.NUM_WORKERS = "image", 0

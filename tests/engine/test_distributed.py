@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,11 +26,11 @@ OPTIONS = {
 }
 
 
-def run_script(output_dir, *arguments, launcher=()):
+def start_script(output_dir, *arguments, launcher=()):
     options = [str(x) for k, v in OPTIONS.items() for x in (k.replace("__", "."), v)]
     command = [sys.executable, *launcher, str(HERE / "toy_train_net.py"), *arguments]
     paths = [str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [*command, "OUTPUT_DIR", str(output_dir), *options],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -37,13 +38,23 @@ def run_script(output_dir, *arguments, launcher=()):
         text=True,
         start_new_session=True,  # a group of its own, so that no worker outlives a failing test
     )
+
+
+def end_scripts(*processes, status=0):
+    """What each has printed."""
     try:
-        output, _ = process.communicate(timeout=300)
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output
-    return output
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == status, output
+    return outputs
+
+
+def run_script(output_dir, *arguments, launcher=()):
+    return end_scripts(start_script(output_dir, *arguments, launcher=launcher))[0]
 
 
 def losses(output_dir):
@@ -92,6 +103,32 @@ def test_torchrun_evaluates_a_checkpoint_as_training_did(two):
     output = run_script(two, "--eval-only", "--resume", launcher=launcher)
     assert results(two) == before
     assert "gIoU" in output
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_machines_are_preempted_and_go_on_with_torchrun_as_two_processes_do(two, tmp_path):
+    meet = f"tcp://127.0.0.1:{free_port()}"
+    machines = [
+        start_script(
+            *(tmp_path, "--num-machines", "2", "--machine-rank", str(rank), "--dist-url", meet),
+            *("TOY_SIGTERM", "3"),  # to the second machine's train_net.py alone
+        )
+        for rank in (0, 1)
+    ]
+    outputs = end_scripts(*machines, status=143)
+    assert "SIGTERM: the training ends after" in outputs[0]
+    assert not (tmp_path / "model_final.pth").exists()
+
+    torchrun = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
+    torchrun += ("--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--node-rank")
+    end_scripts(*(start_script(tmp_path, "--resume", launcher=(*torchrun, rank)) for rank in "01"))
+    models = [torch.load(path / "model_final.pth")["model"] for path in (tmp_path, two)]
+    torch.testing.assert_close(*models, rtol=0, atol=0)
 
 
 def claim_and_wait(folder, claimed):

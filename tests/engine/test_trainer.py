@@ -2,6 +2,7 @@ import json
 import logging
 import math
 import os
+import signal
 
 import pytest
 import torch
@@ -78,6 +79,34 @@ def test_interrupted_schedule_resumes_where_it_was(tmp_path):
     resumed, rest = train(tmp_path / "halves", resume=True, seed_of_init=99, **options)
     assert rest == losses[4:]
     assert torch.equal(parameters(resumed), parameters(straight))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_saves_after_the_step_and_resume_goes_on_as_straight(tmp_path, caplog, workers):
+    options = {
+        "SOLVER__CHECKPOINT_PERIOD": 100,
+        "TEST__EVAL_PERIOD": 6,
+        "SOLVER__RIS__EMA": 0.9,
+        "DATALOADER__NUM_WORKERS": workers,
+    }
+    straight, losses = train(tmp_path / "straight", **options)
+    handler = signal.getsignal(signal.SIGTERM)
+    with caplog.at_level(logging.INFO, "ris_d2"), pytest.raises(SystemExit) as ended:
+        train(tmp_path / "ended", TOY_SIGTERM=5, **options)
+    assert ended.value.code == 143
+    assert "SIGTERM: the training ends after 6 iterations" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) is handler
+    # Not evaluated while the scheduler waits, but on resume.
+    assert not (tmp_path / "ended/inference").exists()
+    resumed, rest = train(tmp_path / "ended", resume=True, seed_of_init=99, **options)
+    assert rest == losses[6:]
+    assert torch.equal(parameters(resumed), parameters(straight))
+    names = ("model_final.pth", "model_best.pth")
+    models = [
+        [torch.load(p / n)["model"] for n in names]
+        for p in (tmp_path / "ended", tmp_path / "straight")
+    ]
+    torch.testing.assert_close(*models, rtol=0, atol=0)
 
 
 def test_free_seed_is_drawn_once_and_resumed(tmp_path):
