@@ -78,7 +78,7 @@ from ris_d2.data.classes import load_class_list
 from ris_d2.data.grefer import load_grefer
 from ris_d2.data.images import read_image
 from ris_d2.data.phrasecut import load_phrasecut
-from ris_d2.data.records import Skipped, forget_instances
+from ris_d2.data.records import Skipped, forget_files
 from ris_d2.data.refclef import load_refclef
 from ris_d2.data.refer import load_refer
 from ris_d2.data.refzom import load_refzom
@@ -456,7 +456,7 @@ def ris_json_files() -> dict[str, File]:
 
 def read_refs(load: Callable, refs: str, total: Callable[[Any], int], name: str) -> None:
     """Read a published format; what is not in the records must be counted as skipped."""
-    forget_instances()
+    forget_files()
     skipped = Skipped()
     records = load(here(refs), skipped)
     content = (load_pickle if refs.endswith(".p") else load_json)(here(refs))

@@ -10,11 +10,11 @@ from functools import lru_cache, partial
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ..io import dataset_root
+from ..io import dataset_root, without_collecting
 from .classes import GROUPS, select_classes
 from .grefer import load_grefer
 from .phrasecut import load_phrasecut
-from .records import Skipped, forget_instances
+from .records import Skipped, forget_files
 from .refclef import load_refclef
 from .refer import MissingSplitError, load_refer
 from .refzom import load_refzom
@@ -73,7 +73,8 @@ class Dataset:
         whole, _, kind = split.partition("_")
         paths, image_root = self.paths(root, whole), os.path.join(root, self.image_root)
         _check_there(f"{self.name}_{split}", paths)
-        records = self.reader(*paths, image_root, whole, source=self.source, skipped=skipped)
+        with without_collecting():
+            records = self.reader(*paths, image_root, whole, source=self.source, skipped=skipped)
         if not kind:
             return records
         groups = GROUPS if kind == "open" else (kind,)
@@ -336,7 +337,7 @@ def load_records(names: Sequence[str], *, drop_eval_images: bool) -> list[dict]:
         is_mixed = drop_eval_images and len(set(datasets)) > 1
         if is_mixed and isinstance(dataset, Dataset) and dataset not in eval_images:
             eval_images[dataset] = _eval_images(dataset)
-    forget_instances()
+        forget_files()
     if eval_images:
         dropped = set().union(*eval_images.values())
         parts = [_without(part, dropped, name) for name, part in zip(members, parts)]

@@ -7,7 +7,7 @@ import operator
 import os
 import reprlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any
 
@@ -168,22 +168,32 @@ def make_image(item: dict, image_id: int, file_name: str) -> dict:
 
 
 def load_instances(path: str | os.PathLike) -> InstanceTable:
-    """Read an ``instances.json``; the latest one is kept until it changes on disk.
-
-    Splits of one dataset are mostly asked for in a row, and the file is large (RefCOCO: 20,000
-    images, 200,000 annotations). Records share its polygons: treat them as read-only.
-    """
-    path = os.path.abspath(path)
-    is_there = os.path.exists(path)
-    return _load_instances(path, is_there and (os.stat(path).st_mtime_ns, os.stat(path).st_size))
+    """Read an ``instances.json``, see ``kept``. Records share its polygons: they are read-only."""
+    return kept(_read_instances, path)
 
 
-@functools.lru_cache(maxsize=1)
-def _load_instances(path: str, version: tuple[int, int]) -> InstanceTable:
+def _read_instances(path: str) -> InstanceTable:
     return InstanceTable(path, load_json(path))
 
 
-forget_instances = _load_instances.cache_clear  # frees the table that load_instances keeps
+def kept(read: Callable[[str], Any], path: str | os.PathLike) -> Any:
+    """``read(path)``; the latest two are kept until their files change on disk, as read-only.
+
+    Splits of one dataset are mostly asked for in a row, and its two files are large (RefCOCO: 50,000
+    refs; 20,000 images, 200,000 annotations).
+    """
+    path = os.path.abspath(path)
+    is_there = os.path.exists(path)
+    version = is_there and (os.stat(path).st_mtime_ns, os.stat(path).st_size)
+    return _kept(read, path, version)
+
+
+@functools.lru_cache(maxsize=2)
+def _kept(read: Callable[[str], Any], path: str, version: tuple[int, int]) -> Any:
+    return read(path)
+
+
+forget_files = _kept.cache_clear
 
 
 def drawable(segmentation: Any, box: Any, image: dict, skipped: Skipped, key: Any) -> dict | None:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 
 from ..io import load_json, load_pickle, reading
-from .records import InstanceTable, RecordBuilder, Skipped, as_id, load_instances
+from .records import InstanceTable, RecordBuilder, Skipped, as_id, kept, load_instances
 
 
 class MissingSplitError(ValueError):
@@ -50,8 +50,7 @@ def load_refer(
     """
     if text_field not in ("raw", "sent"):
         raise ValueError(f"text_field is {text_field!r}, it must be 'raw' or 'sent'")
-    is_json = os.fspath(refs_path).endswith(".json")
-    refs = load_json(refs_path) if is_json else load_pickle(refs_path)
+    refs = kept(load_json if os.fspath(refs_path).endswith(".json") else load_pickle, refs_path)
     if not isinstance(refs, list):
         raise ValueError(f"{refs_path}: must hold a list of refs, not {type(refs).__name__}")
     table, skipped = load_instances(instances_path), skipped or Skipped()

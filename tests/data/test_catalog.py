@@ -6,7 +6,7 @@ import sys
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ris_d2.data import load_records, register_all, register_ris_json
+from ris_d2.data import load_records, records, refer, register_all, register_ris_json
 from ris_d2.data.catalog import DATASETS, MIXTURES
 from ris_d2.data.refer import MissingSplitError
 
@@ -126,6 +126,19 @@ def test_one_dataset_is_never_filtered(catalog, dataset_files):
     dataset_files.refs[2].update(image_id=1, ann_id=11)
     dataset_files.write_refer("refcocog", "google")
     assert ids(load_records(["ris_refcocog_google_train"], drop_eval_images=True)) == [1, 2]
+
+
+def test_a_mixed_training_set_reads_each_file_once(dataset_files, monkeypatch):
+    names = mixed(dataset_files)
+    read = []
+    for module, function in ((refer, "load_pickle"), (refer, "load_json"), (records, "load_json")):
+        load = getattr(module, function)
+        monkeypatch.setattr(
+            module, function, lambda path, load=load: read.append(path) or load(path)
+        )
+    load_records(names, drop_eval_images=True)
+    assert len(read) == 2 * len(names)
+    assert len(set(read)) == len(read)
 
 
 def mixed(files, *, with_test_b=True):

@@ -1,4 +1,5 @@
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -303,3 +304,37 @@ def test_expressions_without_target_survive_detectron2s_own_loader(cfg):
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True  # detectron2's default
     loader = build_detection_train_loader(cfg, mapper=ReferringMapper(cfg))
     assert {x["image_id"] for batch in itertools.islice(loader, 30) for x in batch} == {1, 2, 4}
+
+
+def private_megabytes(record, rng):
+    """The memory that this worker shares with nobody, looked up for one image of fifty."""
+    np.array(record["annotations"][0]["segmentation"])
+    if record["image_id"] % 50:
+        return 0
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith("Private")) / 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel")
+def test_workers_share_the_records_and_do_not_grow():
+    records = [
+        {
+            "image_id": n,
+            "file_name": f"{n}.jpg",
+            "annotations": [{"id": n, "segmentation": [[n + i / 7 for i in range(2000)]]}],
+            "expressions": [{"expression_id": n, "ref_id": n, "text": "it", "annotation_ids": [n]}],
+        }
+        for n in range(600)
+    ]  # 43 MB of Python's numbers
+    loader = ResumableTrainLoader(
+        records=records,
+        units=build_units(records, "image"),
+        mapper=private_megabytes,
+        seed=0,
+        units_per_step=10,
+        num_workers=1,
+    )
+    batches = itertools.islice(loader, 300)  # five epochs
+    measured = [megabytes for batch in batches for megabytes in batch if megabytes]
+    assert len(measured) == 60
+    assert max(measured) - measured[0] < 4
