@@ -26,7 +26,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument(
         "--model",
-        default="example",
         help="a model folder, a name of docs/weights.md, or organisation/repository on the Hugging Face "
         "hub (default: the small model that comes with ris_d2)",
     )
@@ -95,7 +94,8 @@ def show(
         settings = dict(zip(predictor.model.thresholds, thresholds))
         shown.results = shown.session(sentences, **settings) if sentences else Results()
     except ValueError as error:
-        return shown, None, f"<p>{html.escape(str(error))}</p>"
+        message = str(error).replace(path, os.path.basename(path))  # visitors see no folders
+        return shown, None, f"<p>{html.escape(message)}</p>"
     masks = [result["mask"].numpy() for result in shown.results]
     painted = overlay_all(*enlarge(shown.image, masks, width=640))
     return shown, painted, legend(predictor, shown.results)
@@ -157,8 +157,8 @@ def examples() -> list[list[str]]:
 
 def introduction(predictor: Predictor, model: str) -> str:
     """Markdown above the page; a small vocabulary is listed."""
-    text = f"# ris_d2: {model}\n\nAn image and sentences in, one mask per sentence out.\n\n"
-    if model == "example":
+    text = f"# ris_d2: {os.path.basename(os.path.normpath(model))}\n\nAn image and sentences in, one mask per sentence out.\n\n"
+    if model == example.FOLDER:
         text += SMALL_MODEL
     tokenizer = predictor.mapper.tokenizer
     if tokenizer.vocab_size <= 1000:
@@ -208,8 +208,12 @@ def build(predictor: Predictor, model: str, folder: str) -> Any:
             show_progress="hidden",
             trigger_mode="always_last",  # while a sentence is typed, only its last form matters
         )
-        offer = lambda shown: gr.Files(save(shown, folder) if shown else None, visible=bool(shown))
-        button.click(offer, shown, files, api_name="save")
+        button.click(
+            lambda shown: gr.Files(shown and save(shown, folder), visible=bool(shown)),
+            shown,
+            files,
+            api_name="save",
+        )
     return page
 
 
@@ -226,9 +230,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse ``arguments`` (default: the command line), load the model, serve until interrupted."""
     args = parse(arguments)
     import_gradio()  # before a model that may be large is loaded
-    predictor = Predictor.from_pretrained(args.model, args.opts, modules=args.modules)
+    model = args.model or example.FOLDER
+    predictor = Predictor.from_pretrained(model, args.opts, modules=args.modules)
     with tempfile.TemporaryDirectory() as folder:
-        page = build(predictor, args.model, folder)
+        page = build(predictor, model, folder)
         try:
             _, url, _ = page.launch(server_name=args.host, server_port=args.port, **LAUNCH)
         except OSError as error:

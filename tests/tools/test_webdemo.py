@@ -79,7 +79,7 @@ def test_nothing_asked_and_nothing_chosen(tool, predictor, tmp_path):
     assert shown.results == [] and said == "Type a sentence." and painted is not None
     (tmp_path / "torn.png").write_bytes(Path(example.SCENE).read_bytes()[:99])
     shown, painted, said = tool.show(predictor, None, str(tmp_path / "torn.png"), "the circles")
-    assert shown is None and painted is None and "torn.png" in said
+    assert shown is None and painted is None and said.startswith("<p>torn.png: ")
 
 
 def test_files_to_download(tool, predictor, tmp_path):
@@ -104,8 +104,13 @@ def test_examples_are_pictures_that_are_here(tool):
 
 
 def test_the_small_vocabulary_is_listed(tool, predictor):
-    text = tool.introduction(predictor, "example")
-    assert "It knows 72 words" in text and "triangle" in text and "<unk>" not in text
+    text = tool.introduction(predictor, example.FOLDER)
+    assert (
+        text.startswith("# ris_d2: example\n")
+        and "It knows 72 words" in text
+        and "triangle" in text
+        and "<unk>" not in text
+    )
     assert "its masks are wrong" in text
     assert "its masks are wrong" not in tool.introduction(predictor, "my_model")
 
@@ -124,7 +129,7 @@ def test_the_page_itself(tool, predictor, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    page = tool.build(predictor, "example", str(tmp_path))
+    page = tool.build(predictor, example.FOLDER, str(tmp_path))
     _, url, _ = page.launch(server_name="127.0.0.1", server_port=port, **tool.LAUNCH)
     try:
         client = Client(url, verbose=False, analytics_enabled=False)
