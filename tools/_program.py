@@ -38,6 +38,14 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--config-file", **settings)
         self.add_changes()
 
+    def add_model(self) -> None:
+        """Take --model."""
+        self.add_argument(
+            "--model",
+            help="a model folder, a name of docs/weights.md, or organisation/repository on the Hugging Face "
+            "hub (default: the small model that comes with ris_d2)",
+        )
+
     def add_changes(self) -> None:
         """Take --import and, anywhere in the line, KEY VALUE pairs."""
         self.add_import()

@@ -37,11 +37,7 @@ VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--model",
-        help="a model folder, a name of docs/weights.md, or organisation/repository on the Hugging Face "
-        "hub (default: the small model that comes with ris_d2)",
-    )
+    parser.add_model()
     parser.add_argument("--images", required=True, metavar="FOLDER|LIST|VIDEO")
     parser.add_argument("--text", action="append", help="asked of every image; several times")
     parser.add_argument("--sentences", metavar="FILE", help="images with a sentence each")

@@ -24,11 +24,7 @@ from _program import Parser, fail, run
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--model",
-        help="a model folder, a name of docs/weights.md, or organisation/repository on the Hugging Face "
-        "hub (default: the small model that comes with ris_d2)",
-    )
+    parser.add_model()
     parser.add_argument("--host", default="127.0.0.1", help="who may come (default: this machine)")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_changes()

@@ -34,6 +34,27 @@ class ReferringSegmenter(nn.Module):
     expressions in evaluation with image features kept, and restores masks to the requested size.
 
     A part that ``freeze`` names is frozen as the method's constructor assigns it.
+
+    Args:
+        pixel_mean, pixel_std: per RGB channel, in 0..255.
+        input_size: (height, width) that smaller images are padded to with zeros after normalisation.
+        precision: fp32, bf16, fp16 or auto; the autocast dtype of the forward pass.
+        compiles: run ``encode_images`` and ``segment`` through torch.compile.
+        freeze: part -> "eval" or "train": parts without gradients and the mode they stay in; "none":
+            a part that a config's _BASE_ freezes and the config does not.
+        no_target: none, area or head; see MODEL.RIS.NO_TARGET.
+        sentence_dim: channels of ``outputs["sentence"]``; with no_target "head" the base builds an
+            ExistenceHead on it. None for methods that decide themselves.
+        mask_order: probabilities, logits or binary; see MODEL.RIS.MASK_ORDER.
+        target_resizing: area or nearest, how ``shrink_targets`` makes training targets.
+        max_expressions: expressions segmented at once in evaluation.
+        to_be_applied: groups of config keys that say how to train the model, but that others must
+            apply: MODEL.INIT (``load_init``, ``RISCheckpointer``), SOLVER.RIS
+            (``build_optimizer``). A training without them is warned of.
+
+    Raises:
+        ValueError: for an unknown precision, no_target, mask_order, target_resizing or mode of a
+            frozen part.
     """
 
     # MODEL.INIT source -> path of the sub-module that its weights fill, e.g. {"beit3":
@@ -65,28 +86,6 @@ class ReferringSegmenter(nn.Module):
         max_expressions: int = 32,
         to_be_applied: Sequence[str] = (),
     ):
-        """
-        Args:
-            pixel_mean, pixel_std: per RGB channel, in 0..255.
-            input_size: (height, width) that smaller images are padded to with zeros after normalisation.
-            precision: fp32, bf16, fp16 or auto; the autocast dtype of the forward pass.
-            compiles: run ``encode_images`` and ``segment`` through torch.compile.
-            freeze: part -> "eval" or "train": parts without gradients and the mode they stay in; "none":
-                a part that a config's _BASE_ freezes and the config does not.
-            no_target: none, area or head; see MODEL.RIS.NO_TARGET.
-            sentence_dim: channels of ``outputs["sentence"]``; with no_target "head" the base builds an
-                ExistenceHead on it. None for methods that decide themselves.
-            mask_order: probabilities, logits or binary; see MODEL.RIS.MASK_ORDER.
-            target_resizing: area or nearest, how ``shrink_targets`` makes training targets.
-            max_expressions: expressions segmented at once in evaluation.
-            to_be_applied: groups of config keys that say how to train the model, but that others must
-                apply: MODEL.INIT (``load_init``, ``RISCheckpointer``), SOLVER.RIS
-                (``build_optimizer``). A training without them is warned of.
-
-        Raises:
-            ValueError: for an unknown precision, no_target, mask_order, target_resizing or mode of a
-                frozen part.
-        """
         super().__init__()
         check_choice("MODEL.RIS.PRECISION", precision, PRECISIONS)
         check_choice("MODEL.RIS.NO_TARGET", no_target, NO_TARGET_RULES)
