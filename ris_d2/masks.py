@@ -19,7 +19,7 @@ MAX_OUTLINE = 1_000_000
 
 def check_size(height: int, width: int) -> None:
     """Raise ValueError unless these are the sides of an image or mask of at most MAX_PIXELS."""
-    are_sides = all(isinstance(side, Integral) and side > 0 for side in (height, width))
+    are_sides = all(isinstance(side, int | Integral) and side > 0 for side in (height, width))
     if not are_sides or int(height) * int(width) > MAX_PIXELS:
         raise ValueError(
             f"an image or mask has positive sides and at most {MAX_PIXELS:,} pixels, not "

@@ -1,4 +1,5 @@
 import errno
+import gc
 import json
 import os
 import pickle
@@ -22,6 +23,7 @@ from ris_d2.io import (
     load_pickle,
     reading,
     sweep_temporaries,
+    without_collecting,
 )
 
 PLAIN = {
@@ -347,3 +349,15 @@ def test_only_temporaries_of_dead_processes_are_swept(tmp_path):
     finally:
         process.kill()
     assert sweep_temporaries(tmp_path / "absent") == []
+
+
+def test_collecting_goes_on_after_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.json").write_text("[1,")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_json(tmp_path / "a.json")
+    assert gc.isenabled()
+    with without_collecting():
+        (tmp_path / "a.json").write_text("[]")
+        assert load_json(tmp_path / "a.json") == []
+        assert not gc.isenabled()
+    assert gc.isenabled()

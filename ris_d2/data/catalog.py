@@ -64,6 +64,7 @@ class Dataset:
         evaluation = [split for split in self.splits if split != "train"]
         return ("train_seen", *(f"{s}_{kind}" for s in evaluation for kind in (*GROUPS, "open")))
 
+    @without_collecting()
     def load(self, root: str, split: str, *, skipped: Skipped | None = None) -> list[dict]:
         """Read the records of ``split`` from the files under ``root``.
 
@@ -73,8 +74,7 @@ class Dataset:
         whole, _, kind = split.partition("_")
         paths, image_root = self.paths(root, whole), os.path.join(root, self.image_root)
         _check_there(f"{self.name}_{split}", paths)
-        with without_collecting():
-            records = self.reader(*paths, image_root, whole, source=self.source, skipped=skipped)
+        records = self.reader(*paths, image_root, whole, source=self.source, skipped=skipped)
         if not kind:
             return records
         groups = GROUPS if kind == "open" else (kind,)

@@ -19,6 +19,7 @@ from detectron2.data.common import DatasetFromList, MapDataset
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from ..io import without_collecting
 from ..processes import die_with_parent
 from .catalog import load_records
 from .mapper import ReferringMapper
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 Mapper = Callable[..., dict]
 
 
+@without_collecting()
 def build_train_loader(cfg: CfgNode, *, mapper: Mapper | None = None) -> "ResumableTrainLoader":
     """Build the endless loader of this process over DATASETS.TRAIN.
 
@@ -169,6 +171,7 @@ class _DrawnUnits(Dataset):
         return self.mapper(record, rng)
 
 
+@without_collecting()
 def build_test_loader(
     cfg: CfgNode, dataset_name: str, *, mapper: Mapper | None = None
 ) -> DataLoader:

@@ -139,7 +139,7 @@ def by_id(items: list, name: str, key: str = "id") -> dict:
     """{item[key]: item}; ``ValueError`` names the item without a usable id, or the second of one."""
     found = {}
     for position, item in enumerate(items):
-        if not isinstance(item, dict) or not isinstance(item.get(key), Integral | str):
+        if not isinstance(item, dict) or not isinstance(item.get(key), int | str | Integral):
             raise ValueError(f"{name} {position} (from 0) has no usable field {key!r}")
         if item[key] in found:
             raise ValueError(f"{name}: {key} {reprlib.repr(item[key])} occurs twice")
