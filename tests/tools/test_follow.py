@@ -81,8 +81,8 @@ def test_a_training_ends_with_its_follower_however_that_ends(tmp_path):
         subprocess.Popen(
             [sys.executable, "-c", FOLLOWER, str(note), str(tmp_path / f"{note.name}_out"), TOOLS],
             start_new_session=True,  # a terminal's Ctrl-C would reach the training by itself
-            # A suite in a shell's background was told to ignore it, and would hand that on.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            # A suite in a shell's background (or under nohup) was told to ignore some, and would hand that on.
+            preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in numbers[:3]],
             stderr=subprocess.DEVNULL,
         )
         for note in notes

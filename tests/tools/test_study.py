@@ -229,7 +229,9 @@ def test_several_at_a_time(study, files, tmp_path, monkeypatch):
     script = "import time; time.sleep(100)"
     monkeypatch.setattr(study.shutil, "rmtree", lambda folder: None)
     monkeypatch.setattr(Path, "mkdir", lambda *args, **keywords: None)
-    monkeypatch.setattr(_follow.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+    # What SIGINT does, also in a suite that was told to ignore it, as a shell tells its background.
+    interrupt = lambda seconds: signal.default_int_handler(signal.SIGINT, None)
+    monkeypatch.setattr(_follow.time, "sleep", interrupt)
     with pytest.raises(SystemExit, match="run it again"):
         study.main([*arguments, "--jobs", "2"])
     assert len(running) == 6 and all(process.poll() is not None for process in running)
