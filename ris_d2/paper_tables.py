@@ -6,7 +6,7 @@ from typing import Any
 
 from .yaml_files import read_yaml
 
-__all__ = ["PaperRow", "is_paper_row", "read_paper_row", "row_names"]
+__all__ = ["PaperRow", "is_paper_row", "nested", "read_paper_row", "row_names"]
 
 _ROW_KEYS = {"paper", "base", "like", "set", "published", "note"}
 
@@ -60,7 +60,7 @@ def read_paper_row(config_file: str) -> PaperRow:
     own = rows[name]
     return PaperRow(
         base=base,
-        changes=[(f"{path}:{key}", _nested(row.get("set", {}))) for key, row in rows.items()],
+        changes=[(f"{path}:{key}", nested(row.get("set", {}))) for key, row in rows.items()],
         paper=own.get("paper", ""),
         published=own.get("published", {}),
         note=own.get("note", ""),
@@ -96,8 +96,8 @@ def _read_table(path: str) -> dict[str, Any]:
     return table
 
 
-def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    """{"MODEL.VIPA.DIM": 64} -> {"MODEL": {"VIPA": {"DIM": 64}}}"""
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """Keys of a configuration as a yaml has them: {"A.B": 1} -> {"A": {"B": 1}}."""
     tree: dict[str, Any] = {}
     for dotted, value in values.items():
         *groups, key = dotted.split(".")

@@ -53,7 +53,7 @@ from ris_d2.evaluation.evaluator import ground_truth
 from ris_d2.evaluation.report import finite_or_null
 from ris_d2.io import atomic_write
 from ris_d2.modeling.segmenter import ReferringSegmenter
-from ris_d2.paper_tables import is_paper_row
+from ris_d2.paper_tables import is_paper_row, nested
 
 DECISIONS = [round(0.01 * step, 2) for step in range(1, 100)]
 # Fewer: at each, all masks are made anew.
@@ -226,15 +226,8 @@ def configuration(args: argparse.Namespace, cfg: "CfgNode", keys: dict[str, floa
     if is_paper_row(args.config_file):
         cfg.merge_from_list([part for pair in keys.items() for part in pair])
         return cfg.dump()
-    tree: dict[str, Any] = {}
-    for key, value in keys.items():
-        *groups, name = key.split(".")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[name] = value
     base = os.path.relpath(args.config_file, args.output)
-    return yaml.safe_dump({"_BASE_": base, **tree}, sort_keys=False)
+    return yaml.safe_dump({"_BASE_": base, **nested(keys)}, sort_keys=False)
 
 
 def main(arguments: list[str] | None = None) -> None:
