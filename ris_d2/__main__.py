@@ -22,12 +22,11 @@ from collections.abc import Sequence
 from tabulate import tabulate
 
 from . import example
+from .data.images import images_in
 from .io import atomic_write
 from .masks import encode
 from .predictor import Predictor, Results, load_rgb
 from .visualization import overlay, write_png
-
-EXTENSIONS = (".jpg", ".jpeg", ".png")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "ris_d2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("image", nargs="?", help="a file, or a folder of .jpg and .png files")
+    parser.add_argument("image", nargs="?", help="a file, or a folder of images and folders")
     parser.add_argument("sentences", nargs="*", metavar="SENTENCE")
     parser.add_argument(
         "--model",
@@ -97,7 +96,7 @@ def answer_images(
 
 
 def image_paths(given: Sequence[str]) -> list[str]:
-    """The files among ``given`` and those in its folders, in order.
+    """The files among ``given`` and the images in its folders, in order.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -108,13 +107,8 @@ def image_paths(given: Sequence[str]) -> list[str]:
     for path in given:
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path}: no such file or folder")
-        if not os.path.isdir(path):
-            paths.append(path)
-            continue
-        inside = sorted(n for n in os.listdir(path) if n.lower().endswith(EXTENSIONS))
-        if not inside:
-            raise ValueError(f"{path}: no {', '.join(EXTENSIONS)} file in this folder")
-        paths += [os.path.join(path, name) for name in inside]
+        is_folder = os.path.isdir(path)
+        paths += [os.path.join(path, name) for name in images_in(path)] if is_folder else [path]
     name, count = Counter(map(os.path.basename, paths)).most_common(1)[0]
     if count > 1:
         raise ValueError(f"{count} files are named {name}; give them in several runs")

@@ -6,8 +6,6 @@ import os
 import sys
 from types import ModuleType
 
-__all__ = ["import_extension"]
-
 
 def import_extension(name: str) -> ModuleType:
     """Import a module once, by its name (the working directory is searched last) or its file.

@@ -22,8 +22,6 @@ from .data.tokenizer import Tokenizer
 from .io import atomic_folder
 from .yaml_files import read_yaml
 
-__all__ = ["find_config", "save_model"]
-
 logger = logging.getLogger(__name__)
 
 _CONFIG, _WEIGHTS, _TOKENIZER, _CARD = "config.yaml", "model.safetensors", "tokenizer", "README.md"

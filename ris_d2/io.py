@@ -23,19 +23,6 @@ try:
 except ImportError:  # Windows: nothing is locked, so nothing is swept
     fcntl = None
 
-__all__ = [
-    "UnreadableFile",
-    "atomic_folder",
-    "atomic_write",
-    "dataset_root",
-    "load_json",
-    "load_pickle",
-    "numpy_globals",
-    "reading",
-    "sweep_temporaries",
-    "without_collecting",
-]
-
 _TEMPORARY = re.compile(r"\.ris_d2-[0-9a-f]{8}\..+")
 
 # How much of a library's message is repeated: some quote the whole of what they could not read.

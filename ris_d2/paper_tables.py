@@ -6,8 +6,6 @@ from typing import Any
 
 from .yaml_files import read_yaml
 
-__all__ = ["PaperRow", "is_paper_row", "nested", "read_paper_row", "row_names"]
-
 _ROW_KEYS = {"paper", "base", "like", "set", "published", "note"}
 
 

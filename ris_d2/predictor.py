@@ -20,8 +20,6 @@ from .masks import encode
 from .modeling.options import check_choice
 from .modeling.segmenter import PRECISIONS
 
-__all__ = ["Predictor", "Results", "Session", "load_rgb"]
-
 logger = logging.getLogger(__name__)
 
 ImageInput = str | os.PathLike | Image.Image | np.ndarray

@@ -5,8 +5,6 @@ import os
 import signal
 import sys
 
-__all__ = ["die_with_parent"]
-
 _PR_SET_PDEATHSIG = 1
 # Found before any fork: a child of a process with threads must not wait for the loader's lock.
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None

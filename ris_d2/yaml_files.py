@@ -8,8 +8,6 @@ from typing import Any
 
 import yaml
 
-__all__ = ["read_config_files", "read_yaml"]
-
 # Far above what a configuration needs; a file beyond is a mistake or meant to exhaust memory.
 MAX_BYTES = 1_000_000
 MAX_VALUES = 100_000  # what an alias repeats is counted each time

@@ -11,8 +11,6 @@ from tabulate import tabulate
 
 from .yaml_files import read_yaml
 
-__all__ = ["config_file", "how_to_get", "known_files", "models", "tables"]
-
 _COLUMNS = ("recipe", "weights", "tokenizer")
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 

@@ -293,7 +293,10 @@ def test_the_demo_wants_weights_and_images(mine, load, monkeypatch):
     for more, message in (
         (["--image", "images"], "no weights: give --weights FILE, or --untrained"),
         (["--image", "absent", "--untrained"], "^absent: no such file or folder"),
-        (["--image", "tokenizer", "--untrained"], "no .jpg, .jpeg, .png file in this folder"),
+        (
+            ["--image", "tokenizer", "--untrained"],
+            "no .jpg, .jpeg, .png, .bmp, .webp, .tif, .tiff file in this folder",
+        ),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             demo.main([*words, *more])

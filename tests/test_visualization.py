@@ -4,18 +4,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ris_d2.visualization import (
-    PREDICTION_COLOR,
+from _pictures import (
     SENTENCE_COLORS,
-    TARGET_COLOR,
     SheetRow,
     contact_sheet,
     enlarge,
-    overlay,
     overlay_all,
     picture_grid,
-    write_png,
 )
+
+from ris_d2.visualization import PREDICTION_COLOR, TARGET_COLOR, overlay, write_png
 
 
 @pytest.fixture

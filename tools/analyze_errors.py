@@ -53,6 +53,7 @@ from _errors import (
     by_target_size,
     read_per_expression,
 )
+from _pictures import SheetRow, contact_sheet
 from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 
@@ -60,7 +61,7 @@ from ris_d2.data.images import read_image
 from ris_d2.evaluation.report import finite_or_null
 from ris_d2.io import atomic_write
 from ris_d2.masks import rasterize, resize_nearest, union
-from ris_d2.visualization import SheetRow, contact_sheet, write_png
+from ris_d2.visualization import write_png
 
 
 def describe(analysis: dict) -> str:

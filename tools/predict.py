@@ -31,7 +31,6 @@ from collections.abc import Callable, Iterator
 
 from _program import Parser, run
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 
 
@@ -65,10 +64,12 @@ import torch
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from _pictures import overlay_all, picture_grid
 from ris_d2 import example
+from ris_d2.data.images import images_in
 from ris_d2.io import atomic_write, load_json, reading
 from ris_d2.predictor import Predictor, Results, load_rgb
-from ris_d2.visualization import overlay, overlay_all, picture_grid, write_png
+from ris_d2.visualization import overlay, write_png
 
 # Position, name, and a function that gives the RGB image.
 Source = Iterator[tuple[int, str, Callable[[], np.ndarray]]]
@@ -142,13 +143,7 @@ def find_images(given: str) -> tuple[str, list[str]]:
     if not os.path.exists(given):
         raise FileNotFoundError(f"--images {given}: no such file or folder")
     if os.path.isdir(given):
-        found = [
-            os.path.relpath(os.path.join(folder, name), given).replace(os.sep, "/")
-            for folder, _, names in os.walk(given)
-            for name in names
-            if name.lower().endswith(IMAGES)
-        ]
-        root, names = given, sorted(found)
+        root, names = given, images_in(given)
     elif extension == ".txt":
         with open(given, encoding="utf-8") as file, reading(given):
             names = list(dict.fromkeys(filter(None, map(str.strip, file))))
@@ -158,7 +153,7 @@ def find_images(given: str) -> tuple[str, list[str]]:
     else:
         root, names = os.path.dirname(given), [os.path.basename(given)]
     if not names:
-        raise ValueError(f"--images {given}: no image in it ({', '.join(IMAGES)})")
+        raise ValueError(f"--images {given}: no image is named in it")
     return root, names
 
 

@@ -62,6 +62,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from _follow import Training, follow, minutes_and_seconds, stop_on_signals, why_failed
+from _pictures import SheetRow, contact_sheet
 from ris_d2 import refshapes
 from ris_d2.data.loader import build_test_loader
 from ris_d2.engine import claim
@@ -72,7 +73,7 @@ from ris_d2.evaluation.report import finite_or_null
 from ris_d2.io import atomic_write, dataset_root, load_json, sweep_temporaries
 from ris_d2.masks import rasterize, union
 from ris_d2.predictor import Predictor, load_rgb
-from ris_d2.visualization import SheetRow, contact_sheet, write_png
+from ris_d2.visualization import write_png
 
 DATASET = "ris_grefshapes_val"
 SCENES = refshapes.Options(

@@ -36,10 +36,11 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from _pictures import SENTENCE_COLORS, enlarge, overlay_all
 from ris_d2 import example
 from ris_d2.io import atomic_write
 from ris_d2.predictor import Predictor, Results, Session, load_rgb
-from ris_d2.visualization import SENTENCE_COLORS, enlarge, overlay_all, write_png
+from ris_d2.visualization import write_png
 
 # Photographs that come with packages, where these are installed: package, file, sentences.
 PHOTOGRAPHS = (

@@ -24,8 +24,6 @@ from .converters import (
 from .files import file_hash, is_whole, read_weights
 from .paths import local_path
 
-__all__ = ["RISCheckpointer", "load_init"]
-
 logger = logging.getLogger(__name__)
 
 # A checkpoint that starts a training (MODEL.WEIGHTS) must fill, together with MODEL.INIT, at least

@@ -13,8 +13,6 @@ import torch
 
 from ..io import load_pickle, numpy_globals, reading
 
-__all__ = ["file_hash", "is_whole", "read_weights"]
-
 
 def read_weights(path: str | os.PathLike) -> dict[str, Any]:
     """Read a weight file onto the CPU.

@@ -7,8 +7,6 @@ from detectron2.utils.file_io import PathHandler, PathManager
 
 from ..zoo import how_to_get
 
-__all__ = ["HuggingFaceHandler", "TimmHandler", "local_path", "register_path_handlers"]
-
 
 class _DownloadHandler(PathHandler):
     """Read-only paths that resolve to a file in a library's own cache."""

@@ -20,17 +20,6 @@ from .refer import MissingSplitError, load_refer
 from .refzom import load_refzom
 from .ris_json import load_ris_json
 
-__all__ = [
-    "DATASETS",
-    "MIXTURES",
-    "Dataset",
-    "check_files",
-    "load_records",
-    "register_all",
-    "register_from_config",
-    "register_ris_json",
-]
-
 logger = logging.getLogger(__name__)
 
 

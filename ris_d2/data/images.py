@@ -12,12 +12,28 @@ from PIL import Image, ImageOps
 from ..io import reading
 from ..masks import check_size
 
-__all__ = ["read_image", "to_rgb"]
-
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # All that Pillow reads by itself: it hands EPS, for one, to another program.
 _FORMATS = "JPEG PNG BMP GIF ICO JPEG2000 PCX PPM TGA TIFF WEBP".split()
 # Markers of what may precede the frame: Huffman and quantisation tables, restarts, APPn, comments.
 _JPEG_SEGMENTS = {0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}
+
+
+def images_in(folder: str | os.PathLike) -> list[str]:
+    """The images in a folder and in those below it: paths relative to it with "/", sorted.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [
+        os.path.relpath(os.path.join(place, name), folder).replace(os.sep, "/")
+        for place, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(EXTENSIONS)
+    ]
+    if not found:
+        raise ValueError(f"{folder}: no {', '.join(EXTENSIONS)} file in this folder")
+    return sorted(found)
 
 
 def read_image(file_name: str | os.PathLike) -> np.ndarray:

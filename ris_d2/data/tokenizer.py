@@ -12,8 +12,6 @@ from detectron2.config import CfgNode, configurable
 
 from ..io import dataset_root, reading
 
-__all__ = ["Tokenizer", "clean_text"]
-
 logger = logging.getLogger(__name__)
 
 _DELETED = str.maketrans({**dict.fromkeys(".,'!?\"()*#:;"), "-": " ", "/": " "})

@@ -20,8 +20,6 @@ from torch import nn
 from ..processes import die_with_parent
 from .hooks import Preempted
 
-__all__ = ["claim", "launch", "leave_process_group", "share_buffers"]
-
 try:
     import fcntl
 except ImportError:  # Windows: two trainings in one folder are not noticed

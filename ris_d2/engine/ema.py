@@ -8,8 +8,6 @@ from detectron2.engine import HookBase
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-__all__ = ["WeightAverage"]
-
 
 class WeightAverage(HookBase):
     """Averages the trainable parameters after each step, with min(decay, (1 + t) / (10 + t)) at step t.

@@ -8,8 +8,6 @@ from operator import index
 
 from ..io import reading
 
-__all__ = ["cut_history", "has_evaluation", "read_history"]
-
 
 def read_history(output_dir: str) -> list[dict]:
     """The log lines (metrics.json) of the training in ``output_dir``, by iteration.

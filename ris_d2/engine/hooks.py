@@ -19,16 +19,6 @@ from ..checkpoint import RISCheckpointer
 from ..io import atomic_write, load_json, reading
 from .history import cut_history, has_evaluation, read_history
 
-__all__ = [
-    "BestCheckpoint",
-    "EarlyStop",
-    "Evaluation",
-    "Preempted",
-    "Preemption",
-    "StepSeed",
-    "TrainingEnded",
-]
-
 logger = logging.getLogger(__name__)
 
 

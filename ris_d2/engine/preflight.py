@@ -9,8 +9,6 @@ from ..checkpoint.paths import local_path
 from ..data.catalog import check_files
 from ..data.tokenizer import Tokenizer
 
-__all__ = ["check_inputs"]
-
 
 def check_inputs(
     cfg: CfgNode, *, resume: bool = False, eval_only: bool = False, untrained: bool = False

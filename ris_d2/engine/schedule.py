@@ -11,8 +11,6 @@ from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 
 from ..config import with_values
 
-__all__ = ["build_lr_scheduler", "with_iterations"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -29,8 +29,6 @@ from .distributed import share_buffers
 from .schedule import build_lr_scheduler, with_iterations
 from .step import StepTrainer
 
-__all__ = ["Trainer", "with_stock_keys"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -184,7 +184,7 @@ def test_a_list_names_images_relative_to_itself(program, tmp_path):
     "change, message",
     [
         (["--images", "absent"], "--images absent: no such file or folder"),
-        (["--images", "empty"], "--images empty: no image in it"),
+        (["--images", "empty"], "empty: no .jpg, .jpeg, .png"),
         (["--images", "text.mp4"], "text.mp4: no frame can be read"),
         (["--sentences", "a.txt"], "a.txt: sentences come in"),
         (["--sentences", "unknown.json"], "unknown.json names b.png, which in does not hold"),

@@ -4,19 +4,14 @@ import cv2
 import matplotlib
 import numpy as np
 import torch
+from _pictures import picture_grid
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from ris_d2.io import atomic_write
-from ris_d2.visualization import (
-    PREDICTION_COLOR,
-    TARGET_COLOR,
-    overlay,
-    picture_grid,
-    write_png,
-)
+from ris_d2.visualization import PREDICTION_COLOR, TARGET_COLOR, overlay, write_png
 
 from .looking import Looked, Sample
 

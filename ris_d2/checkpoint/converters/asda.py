@@ -11,8 +11,6 @@ from torch import Tensor
 from .base import Converter, split_attention, substitute
 from .clip import convert_tower
 
-__all__ = ["CONVERTER"]
-
 # Read only by other weights that are dead, or by nothing. The selectors' bias adds the same to every
 # candidate, the discarded pyramid convolutions feed no output.
 _DEAD = re.compile(

@@ -6,15 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = [
-    "Converter",
-    "below",
-    "rename_module",
-    "split_attention",
-    "substitute",
-    "unwrap_state_dict",
-]
-
 StateDict = dict[str, Tensor]
 _MAX_WRAPPERS = 10
 

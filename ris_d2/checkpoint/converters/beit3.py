@@ -10,8 +10,6 @@ from functools import partial
 
 from .base import Converter, below
 
-__all__ = ["CONVERTER"]
-
 _PREFIX = "beit3."
 
 CONVERTER = Converter(

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from .base import Converter
 
-__all__ = ["CONVERTER"]
-
 
 def _convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     converted = {}

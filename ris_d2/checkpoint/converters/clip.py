@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .base import Converter, below
 
-__all__ = ["CONVERTER", "convert_tower"]
-
 _DEAD = re.compile(
     r"^(logit_scale|(visual|text)_projection\.weight|text_projection|visual\.proj"
     r"|visual\.ln_post\..*|vision_model\.post_layernorm\..*|.*\.position_ids"

@@ -12,8 +12,6 @@ from torch import Tensor
 from .base import Converter, rename_module, split_attention
 from .mask2former import rename_perception
 
-__all__ = ["CONVERTER"]
-
 _IGNORED = re.compile(
     r"^(understanding_branch\.logit_embed\.|perception_branch\.(nt_embed|perception_query_embed)\."
     r"|perception_branch\.predictor\.(cls_embed|box_embed|SEG_proj)\."

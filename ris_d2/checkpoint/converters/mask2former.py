@@ -13,8 +13,6 @@ from torch import Tensor
 from .base import Converter, below, rename_module, split_attention
 from .swin import rename_swin
 
-__all__ = ["CONVERTER", "rename_perception"]
-
 _PIXEL_DECODER = [
     (r"transformer\.level_embed", "level_embed"),
     (r"transformer\.encoder\.(layers\.\d+)\.self_attn\.sampling_offsets", r"\1.attention.offsets"),

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from .base import Converter, below, substitute
 
-__all__ = ["CONVERTER", "DECODER_CONVERTER"]
-
 _IMAGE_ENCODER = {
     r"^image_encoder\.": "vision_encoder.",
     r"patch_embed\.proj\.": "patch_embed.projection.",

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from .base import Converter
 
-__all__ = ["CONVERTER", "rename_swin"]
-
 _COMPUTED = ("relative_position_index", "attn_mask")
 _NAMES = re.compile(
     r"(patch_embed\.(proj|norm)|layers\.\d\.(downsample\.(norm|reduction)|blocks\.\d+\.\w+)|norm[0-3])\."

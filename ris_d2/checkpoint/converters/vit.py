@@ -7,8 +7,6 @@ from torch import Tensor
 
 from .base import Converter
 
-__all__ = ["CONVERTER"]
-
 _UNUSED = ("norm.", "fc_norm.", "head.", "head_dist.")
 
 
