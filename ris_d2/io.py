@@ -124,13 +124,18 @@ def load_pickle(path: str | os.PathLike) -> Any:
             data = file.read()
         try:
             with without_collecting():
-                return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
+                return load_plain(data)
         except _ForbiddenGlobal as error:
             raise ValueError(
                 f"the pickle asks for {error}, which is not plain data; nothing of it was run"
             ) from error
         except ValueError as error:  # its text says nothing of a file
             raise pickle.UnpicklingError(str(error)) from error
+
+
+def load_plain(data: bytes) -> Any:
+    """What ``load_pickle`` reads, from memory; ``pickle.UnpicklingError`` names what is no plain data."""
+    return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
 
 
 @contextlib.contextmanager

@@ -333,6 +333,19 @@ def load_records(names: Sequence[str], *, drop_eval_images: bool) -> list[dict]:
     return [record for part in parts for record in part]
 
 
+def annotation_files(names: Sequence[str]) -> list[str]:
+    """The files that the records of these names come from, [] where they do not come from files alone."""
+    files = set()
+    for name in (member for name in names for member in MIXTURES.get(name, (name,))):
+        dataset, split = _SPLITS.get(name, (None, None))
+        # Those by class read one more file and say what they found; RefCLEF looks for images.
+        if not dataset or split not in dataset.splits or dataset.reader is load_refclef:
+            return []
+        for split in dataset.splits:
+            files.update(dataset.paths(dataset_root(), split))
+    return sorted(map(os.path.abspath, files))
+
+
 def _eval_images(dataset: Dataset) -> set[str]:
     images = set()
     for split in dataset.splits[1:]:  # the first is train

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..io import without_collecting
 from ..processes import die_with_parent
-from .catalog import load_records
+from .cache import MappedRecords, cached, ref_ids
+from .catalog import annotation_files, load_records
 from .mapper import ReferringMapper
 from .nsc import ConversionLog, NonReferentConversion, SentencePool
 from .units import Draws, Units, build_units, take
@@ -44,7 +45,9 @@ def build_train_loader(cfg: CfgNode, *, mapper: Mapper | None = None) -> "Resuma
         ValueError: no training data, or a batch that processes and micro-batches cannot share
             equally.
     """
-    records = load_records(cfg.DATASETS.TRAIN, drop_eval_images=cfg.DATASETS.DROP_EVAL_IMAGES)
+    names, options = cfg.DATASETS.TRAIN, {"drop_eval_images": cfg.DATASETS.DROP_EVAL_IMAGES}
+    files = annotation_files(names)
+    records = cached(lambda: load_records(names, **options), names, files, **options)
     units = build_units(records, cfg.INPUT.RIS.UNIT, max_expressions=cfg.INPUT.MAX_EXPRESSIONS)
     if not len(units):
         raise ValueError(f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} has no expressions")
@@ -114,8 +117,7 @@ class ResumableTrainLoader:
         self.start = 0
         self.seed = seed
         self.units_per_epoch = len(units)
-        # Serialised, so that workers share one copy of the annotations.
-        self._records = DatasetFromList(records, serialize=True)
+        self._records = _shared(records)
         self._units = units
         self._mapper = mapper
         if conversion is not None:
@@ -158,7 +160,7 @@ class ResumableTrainLoader:
 class _DrawnUnits(Dataset):
     """Draw number -> model input."""
 
-    records: DatasetFromList
+    records: Sequence[dict]
     draws: Draws
     mapper: Mapper
     conversion: Callable[..., dict] | None
@@ -186,19 +188,29 @@ def build_test_loader(
     Raises:
         ValueError: the dataset has no expressions.
     """
-    records = [record for record in DatasetCatalog.get(dataset_name) if record["expressions"]]
-    if not records:
+    records = cached(
+        lambda: [record for record in DatasetCatalog.get(dataset_name) if record["expressions"]],
+        [dataset_name],
+        annotation_files([dataset_name]),
+    )
+    if not len(records):
         raise ValueError(f"DATASETS.TEST {dataset_name!r} has no expressions")
-    counts = [len(record["expressions"]) for record in records]
+    counts = [len(ids) for ids in ref_ids(records)]
     mapper = mapper or ReferringMapper(cfg, is_train=False)
     return DataLoader(
-        MapDataset(DatasetFromList(records, serialize=True), mapper),
+        MapDataset(_shared(records), mapper),
         batch_size=1,
         sampler=shard(counts, rank=comm.get_rank(), world_size=comm.get_world_size()),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         collate_fn=list,
         worker_init_fn=_init_worker,
     )
+
+
+def _shared(records: Sequence[dict]) -> Sequence[dict]:
+    """Records of which all workers have one copy: mapped from the cache, or serialised."""
+    is_mapped = isinstance(records, MappedRecords)
+    return records if is_mapped else DatasetFromList(records, serialize=True)
 
 
 def shard(counts: Sequence[int], *, rank: int, world_size: int) -> range:

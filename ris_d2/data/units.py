@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .cache import ref_ids
+
 UNITS = ("sentence", "referent", "image")
 
 
@@ -66,8 +68,8 @@ def build_units(records: Sequence[dict], unit: str, *, max_expressions: int = 8)
     check_unit(unit, max_expressions)
     units = [
         Unit(index, group)
-        for index, record in enumerate(records)
-        for group in _groups(record, unit)
+        for index, ids in enumerate(ref_ids(records))
+        for group in _groups(ids, unit)
     ]
     return Units(units, max_expressions=max_expressions if unit == "image" else 1)
 
@@ -80,7 +82,7 @@ def draw_unit(
     Raises:
         ValueError: the record has no expressions.
     """
-    groups = _groups(record, unit)
+    groups = _groups(ref_ids([record])[0], unit)
     if not groups:
         raise ValueError(f"{record['file_name']}: an image without expressions is no training data")
     limit = max_expressions if unit == "image" else 1
@@ -138,9 +140,9 @@ class Draws:
         return Unit(unit.record, choose(unit.expressions, self.units.max_expressions, rng)), rng
 
 
-def _groups(record: dict, unit: str) -> list[tuple[int, ...]]:
+def _groups(ids: Sequence[int], unit: str) -> list[tuple[int, ...]]:
     groups = {}
-    for index, expression in enumerate(record["expressions"]):
-        key = {"sentence": index, "referent": expression["ref_id"], "image": None}[unit]
+    for index, ref_id in enumerate(ids):
+        key = {"sentence": index, "referent": ref_id, "image": None}[unit]
         groups.setdefault(key, []).append(index)
     return [tuple(group) for group in groups.values()]
