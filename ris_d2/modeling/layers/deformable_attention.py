@@ -1,5 +1,7 @@
-"""Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021) without compiled code."""
+"""Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021); nothing to compile."""
 
+import functools
+import importlib.util
 import math
 from collections.abc import Sequence
 
@@ -78,7 +80,7 @@ class MultiScaleDeformableAttention(nn.Module):
             start = (reference[:, None] * constants[0]).unsqueeze(2)  # (Q, levels, 1, 2)
             points = offsets + start[:, None]
             weights = weights.unflatten(3, places[1:])
-            read = weighted_samples(values.float(), sizes, constants, points, weights)
+            read = weighted_samples(values, sizes, constants, points, weights)
         return self.out(read.flatten(2))
 
 
@@ -94,18 +96,23 @@ def weighted_samples(
     """Sum bilinear samples of several maps; what lies outside of a map counts as zero.
 
     Args:
-        values: float32 (B, sum of h * w, M, D), M heads.
+        values: float (B, sum of h * w, M, D), M heads; sums are fp32 whatever they are.
         sizes: (h, w) of L maps.
         constants: of ``map_constants`` for them.
         points: float32 (B, Q, M, L, P, 2), (x, y) in pixels; the centre of the first is at 0.5.
         weights: float32 (B, Q, M, L, P).
-        form: "embedding_bag", the fastest; "grid_sample", of operations that other runtimes have;
-            None: the latter while a graph is exported, else the former.
+        form: "triton", for GPUs; "embedding_bag", the faster one on CPUs; "grid_sample", of operations
+            that other runtimes have; None: the last while a graph is exported, "triton" where the
+            tensors are on a GPU and the package is there (it comes with torch's CUDA wheels), else
+            "embedding_bag". ``tools/compare/deformable_attention.py`` times them.
 
     Returns:
         float32 (B, Q, M, D)
     """
-    form = form or ("grid_sample" if torch.compiler.is_exporting() else "embedding_bag")
+    if form is None and torch.compiler.is_exporting():
+        form = "grid_sample"
+    elif form is None:
+        form = "triton" if values.is_cuda and _has_triton() else "embedding_bag"
     return _FORMS[form](values, sizes, constants, points, weights)
 
 
@@ -120,6 +127,7 @@ def _by_embedding_bag(
     ``grid_sample`` per level, whose samples have to be stored and summed, this takes a sixth of the
     time, and an eighth of the memory for the backward pass."""
     batch, length, heads, _ = values.shape
+    values = values.float()
     _, heights, widths, first = constants
     images = torch.arange(batch, dtype=torch.int32, device=values.device)[:, None, None]
     first = first + images * (length * heads)
@@ -151,7 +159,7 @@ def _by_grid_sample(
     weights: Tensor,
 ) -> Tensor:
     """A level at a time."""
-    heads = values.shape[2]
+    heads, values = values.shape[2], values.float()
     grids = (points / constants[0][:, None] * 2 - 1).transpose(1, 2).flatten(0, 1)  # of a head each
     weights = weights.transpose(1, 2).flatten(0, 1)  # (B M, Q, L, P)
     levels = values.split([height * width for height, width in sizes], 1)
@@ -163,7 +171,30 @@ def _by_grid_sample(
     return read.unflatten(0, (-1, heads)).permute(0, 3, 1, 2)
 
 
-_FORMS = {"embedding_bag": _by_embedding_bag, "grid_sample": _by_grid_sample}
+def _by_triton(
+    values: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    constants: Sequence[Tensor],
+    points: Tensor,
+    weights: Tensor,
+) -> Tensor:
+    """All at once, with nothing kept per sample."""
+    from .deformable_attention_triton import weighted_samples  # needs a package that CPUs lack
+
+    levels = torch.stack(constants[1:], -1)
+    inputs = values, points.flatten(3, 4), weights.flatten(3), levels
+    return weighted_samples(*(x.contiguous() for x in inputs))
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _has_triton() -> bool:
+    # The simulated GPU of the tests has tensors, too.
+    is_there = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    return is_there and torch.cuda.get_device_capability() >= (7, 0)  # triton's floor
+
+
+_FORMS = {"embedding_bag": _by_embedding_bag, "grid_sample": _by_grid_sample, "triton": _by_triton}
 
 
 def map_constants(

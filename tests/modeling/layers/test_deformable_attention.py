@@ -1,8 +1,13 @@
+import importlib.util
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from ris_d2.modeling.layers import deformable_attention
 from ris_d2.modeling.layers.deformable_attention import (
     MultiScaleDeformableAttention,
     map_constants,
@@ -10,6 +15,21 @@ from ris_d2.modeling.layers.deformable_attention import (
 )
 
 SIZES = [(3, 4), (5, 7)]
+
+# On a GPU, or with TRITON_INTERPRET=1 from the start (see the last test), which runs kernels on the CPU.
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if IS_INTERPRETED or not torch.cuda.is_available() else "cuda"
+FORMS = ["embedding_bag", "grid_sample"]
+if IS_INTERPRETED or DEVICE == "cuda":
+    FORMS.append("triton")
+needs_triton = pytest.mark.skipif("triton" not in FORMS, reason="no GPU, or not interpreted")
+
+
+def read(values, points, weights, form):
+    """Computed on DEVICE; the result and its gradients are on the CPU."""
+    constants = [x.to(DEVICE) for x in map_constants(SIZES, 3, 5)]
+    values, points, weights = (x.to(DEVICE) for x in (values, points, weights))
+    return weighted_samples(values, SIZES, constants, points, weights, form=form).cpu()
 
 
 def by_hand(values, sizes, points, weights):
@@ -35,26 +55,81 @@ def samples(num_queries):
     return values, points, weights
 
 
-@pytest.mark.parametrize("form", ["embedding_bag", "grid_sample"])
+@pytest.mark.parametrize("form", FORMS)
 def test_samples_inside_and_outside_are_bilinear(form):
     values, points, weights = (x.detach() for x in samples(2))
     assert (points < 0).any() and (points > 8).any()
-    out = weighted_samples(values, SIZES, map_constants(SIZES, 3, 5), points, weights, form=form)
+    out = read(values, points, weights, form)
     expected = by_hand(values, SIZES, points, weights)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_all_forms_give_the_same_samples_and_gradients():
-    inputs = values, points, weights = samples(6)
-    results = []
-    for form in ("embedding_bag", "grid_sample"):
-        out = weighted_samples(
-            values, SIZES, map_constants(SIZES, 3, 5), points, weights, form=form
-        )
-        seed = torch.arange(out.numel(), dtype=torch.float32).view(out.shape).sin()
-        results.append([out, *torch.autograd.grad((out * seed).sum(), inputs)])
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+def result_and_gradients(inputs, form):
+    out = read(*inputs, form)
+    seed = torch.arange(out.numel(), dtype=torch.float32).view(out.shape).sin()
+    return [out, *torch.autograd.grad((out * seed).sum(), inputs)]
+
+
+@pytest.mark.parametrize("num_queries", [6, 1])
+def test_all_forms_give_the_same_samples_and_gradients(num_queries):
+    inputs = samples(num_queries)
+    expected = result_and_gradients(inputs, "embedding_bag")
+    for form in FORMS[1:]:
+        for ours, theirs in zip(result_and_gradients(inputs, form), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+def test_half_precision_values_are_summed_in_fp32(form, dtype):
+    values, points, weights = samples(3)
+    values = values.to(dtype).detach().requires_grad_()
+    out, grad, *grads = result_and_gradients((values, points, weights), form)
+    assert (out.dtype, grad.dtype, grads[0].dtype) == (torch.float32, dtype, torch.float32)
+    inputs = (values.detach().float().requires_grad_(), points, weights)
+    for ours, exact in zip((out, grad, *grads), result_and_gradients(inputs, "embedding_bag")):
+        rounding = torch.finfo(ours.dtype).eps
+        torch.testing.assert_close(ours.float(), exact, rtol=rounding, atol=max(rounding, 1e-5))
+
+
+@needs_triton
+def test_the_triton_form_is_an_operator_that_compiles():
+    from ris_d2.modeling.layers.deformable_attention_triton import weighted_samples as operator
+
+    values, points, weights = (x.detach().to(DEVICE) for x in samples(2))
+    levels = torch.stack(map_constants(SIZES, 3, 5)[1:], -1).view(3, 10, 3).to(DEVICE)
+    inputs = [values, points.flatten(3, 4).clone(), weights.flatten(3).clone()]
+    torch.library.opcheck(operator, (*(x.requires_grad_() for x in inputs), levels))
+    compiled = torch.compile(read, backend="aot_eager", fullgraph=True, dynamic=True)
+    inputs = samples(4)
+    out = compiled(*inputs, "triton")
+    torch.testing.assert_close(out, read(*inputs, "embedding_bag"), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
+@pytest.mark.skipif("triton" in FORMS, reason="run above")
+def test_the_triton_form_without_a_gpu():
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "not without_a_gpu"]
+    settings = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout
+
+
+def test_the_form_is_chosen_by_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not deformable_attention._has_triton.__wrapped__()
+    chosen = []
+    for form in ("embedding_bag", "triton"):
+        forms = {form: lambda *inputs, form=form: chosen.append(form)}
+        monkeypatch.setattr(deformable_attention, "_FORMS", deformable_attention._FORMS | forms)
+    on_gpu = torch.Tensor()
+    weighted_samples(on_gpu, SIZES, (), None, None)
+    monkeypatch.setattr(deformable_attention, "_has_triton", lambda: True)
+    weighted_samples(on_gpu, SIZES, (), None, None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    weighted_samples(on_gpu, SIZES, (), None, None)
+    assert chosen == ["embedding_bag", "embedding_bag", "triton"]
 
 
 def make():
