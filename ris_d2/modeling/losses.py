@@ -9,8 +9,7 @@ from torch import Tensor
 
 def mask_bce(logits: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy, mean over pixels: logits (E, H, W), targets (E, H, W) in [0, 1] -> (E,)."""
-    loss = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
-    return loss.flatten(1).mean(1)
+    return mask_focal(logits, targets, alpha=-1, gamma=0)
 
 
 def mask_focal(logits: Tensor, targets: Tensor, *, alpha: float, gamma: float) -> Tensor:
@@ -38,24 +37,26 @@ def mask_dice(logits: Tensor, targets: Tensor, *, smooth: float = 1.0) -> Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class FocalAndDice:
-    """The loss of ASDA and RISAM, logits (E, H, W), targets (E, H, W) in [0, 1] -> name -> (E,).
+    """Two losses of masks: logits (E, H, W), targets (E, H, W) in [0, 1] -> name -> (E,).
 
     Attributes:
         focal_weight, dice_weight: of the two terms.
-        focal_alpha, focal_gamma: see ``mask_focal``.
+        focal_alpha, focal_gamma: see ``mask_focal``; the defaults are plain cross-entropy.
+        focal_name: what the first term is called.
         dice_smooth: see ``mask_dice``.
     """
 
     focal_weight: float
     dice_weight: float
-    focal_gamma: float
+    focal_gamma: float = 0.0
     focal_alpha: float = -1.0
+    focal_name: str = "loss_focal"
     dice_smooth: float = 1.0
 
     def __call__(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         focal = mask_focal(logits, targets, alpha=self.focal_alpha, gamma=self.focal_gamma)
         dice = mask_dice(logits, targets, smooth=self.dice_smooth)
-        return {"loss_focal": self.focal_weight * focal, "loss_dice": self.dice_weight * dice}
+        return {self.focal_name: self.focal_weight * focal, "loss_dice": self.dice_weight * dice}
 
 
 def mean_over_processes(count: float, device: torch.device) -> float | Tensor:

@@ -29,8 +29,8 @@ class ReferringSegmenter(nn.Module):
     """Base of the meta-architectures: images and sentences in, losses or masks out.
 
     A method implements ``encode_images`` (once per image), ``segment`` (once per expression) and
-    ``mask_losses``; one with losses that are no means over expressions implements ``losses``, one that
-    predicts instances ``predict``. The base collates, normalises and pads, autocasts, freezes, slices
+    ``mask_losses``, or has a ``loss``; one with losses that are no means over expressions implements
+    ``losses``, one that predicts instances ``predict``. The base collates, normalises and pads, autocasts, freezes, slices
     expressions in evaluation with image features kept, and restores masks to the requested size.
 
     A part that ``freeze`` names is frozen as the method's constructor assigns it.
@@ -63,6 +63,8 @@ class ReferringSegmenter(nn.Module):
     weight_parts: Mapping[str, str | tuple[str, ...]] = {}
     # Methods that mask padded tokens everywhere may have them cut off before they compute anything.
     trims_text = False
+    # (logits (E, h, w), targets (E, h, w)) -> name (starting with "loss") -> (E,), see ``mask_losses``.
+    loss: Callable[[Tensor, Tensor], dict[str, Tensor]]
     # Rows of the method's token embedding; None = not checked.
     vocab_size: int | None = None
 
@@ -157,7 +159,7 @@ class ReferringSegmenter(nn.Module):
         raise NotImplementedError
 
     def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
-        """Weighted losses per expression.
+        """Weighted losses per expression; here ``loss`` at the size of the predicted masks.
 
         Args:
             outputs: of ``segment``.
@@ -166,7 +168,8 @@ class ReferringSegmenter(nn.Module):
         Returns:
             name (starting with "loss") -> (E,)
         """
-        raise NotImplementedError
+        logits = outputs["mask_logits"]
+        return self.loss(logits, self.shrink_targets(masks, logits.shape[-2:]))
 
     def prepare_targets(self, batched_inputs: list[dict]) -> dict[str, Any]:
         """What ``losses`` compares outputs with, made on the CPU and moved before the forward pass.

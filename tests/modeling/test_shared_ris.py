@@ -14,7 +14,7 @@ ABLATIONS = [
     ["PROJ_PER_MODALITY", False],
     ["FPN_FUSION", "cross", "DECODER_FUSION", "cross"],
     ["FPN_FUSION", "bi", "DECODER_FUSION", "bi", "DECODER_LAYERS", 2],
-    ["NORM", "GN", "DIM", 32, "LOSS_RESOLUTION", "input"],
+    ["NORM", "GN", "DIM", 32],
     ["FPN", "cris", "PROJ_PER_MODALITY", False],
     ["FPN", "cris", "STAGES", (2,), "DECODER_LAYERS", 0],
     ["FPN", "pwam"],
@@ -166,7 +166,7 @@ def test_stages_that_leave_layers_untrained_are_refused(stages, tiny_cfg):
 
 
 def test_wrong_names_are_refused(tiny_cfg):
-    for key in ("FPN", "FPN_FUSION", "DECODER_FUSION", "LOSS_RESOLUTION"):
+    for key in ("FPN", "FPN_FUSION", "DECODER_FUSION"):
         cfg = tiny_cfg.clone()
         cfg.MODEL.SHARED_RIS[key] = "best"
         with pytest.raises(ValueError, match="best"):

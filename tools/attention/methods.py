@@ -162,7 +162,7 @@ def explain_risam(
     if isinstance(model.fusion, TransformerEncoder):
         names = [f"fusion.layers.{len(model.fusion.layers) - 1}"]
     with AttentionRecorder(model, names) as recorder:
-        fused, _ = model.fuse(features, image_index, input_ids, text_mask)
+        fused = model.fuse(features, image_index, input_ids, text_mask)
     of_words, of_regions = fused.vision_guided, fused.language_guided
     for name in names:
         weights, count = recorder.weights[name][0].mean(1), fused.regions.shape[1]

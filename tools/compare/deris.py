@@ -185,7 +185,7 @@ def compare_losses(checkouts: list[Path], table: Table) -> None:
         predictions = {**shown[-1], "pred_existence": existence, "aux_outputs": shown[:-1]}
         their_losses = theirs.forward_train(predictions, targets)
         wanted = torch.tensor([[i in row for i in range(3)] for row in referred])
-        our_losses = ours(rounds, existence, [masks], [wanted], ["random"])
+        our_losses = ours(rounds, existence, [masks], [wanted], ["random"] * 3)
     finally:
         torch.rand = random
     for name, terms in {

@@ -94,7 +94,7 @@ class AdaptiveFeatureSelection(nn.Module):
         candidates = torch.stack([states[layer - 1][:, 1:] for layer in layers], 1)  # (B, K, n, C)
         if name not in self.networks:
             chosen_layers = torch.full_like(image_index, layers[0])
-            return Selected(_to_map(candidates[:, 0], grid), image_index, chosen_layers)
+            return Selected(to_map(candidates[:, 0], grid), image_index, chosen_layers)
         scores = self.score(name, states, sentences, image_index)
         choice = scores.argmax(1)
         chosen_layers = getattr(self, f"layers_of_{name}")[choice]
@@ -113,7 +113,7 @@ class AdaptiveFeatureSelection(nn.Module):
             few = torch.compiler.is_compiling() or choice.shape[0] < tokens.shape[0]
             if self.training or few:
                 tokens, rows = tokens[rows], torch.arange(choice.shape[0], device=choice.device)
-        return Selected(_to_map(tokens, grid), rows, chosen_layers)
+        return Selected(to_map(tokens, grid), rows, chosen_layers)
 
     def score(
         self, name: str, states: Sequence[Tensor], sentences: Sequence[Tensor], image_index: Tensor
@@ -126,6 +126,6 @@ class AdaptiveFeatureSelection(nn.Module):
             return self.networks[name](self.project(cls)[image_index] * sentence)
 
 
-def _to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """(P, n, C) -> (P, C, h, w), channels last in memory."""
     return tokens.transpose(1, 2).unflatten(2, grid)

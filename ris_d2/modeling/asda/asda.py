@@ -15,7 +15,7 @@ from ..losses import FocalAndDice
 from ..options import arguments, check_choice
 from ..segmenter import ReferringSegmenter
 from ..text import RISCLIPText, build_text_encoder
-from .afs import AdaptiveFeatureSelection, Selected
+from .afs import AdaptiveFeatureSelection, Selected, to_map
 from .attention import LocalVisualAttention, WordGuidedAttention
 from .blocks import ConvBlock, Norm
 from .decoder import SegmentationDecoder
@@ -174,9 +174,9 @@ class ASDA(ReferringSegmenter):
         refined = coarse
         if self.attention is not None:
             tokens = self.attention(coarse.flatten(2).transpose(1, 2))  # F_A
-            fine = _to_map(self.word_attention(tokens, words), grid)  # F_fine
+            fine = to_map(self.word_attention(tokens, words), grid)  # F_fine
             outputs["fine"] = fine
-            refined = fine if self.coefficients is None else _to_map(tokens, grid)
+            refined = fine if self.coefficients is None else to_map(tokens, grid)
         outputs["sentence"] = _evidence(outputs.get("fine", coarse), sentence)
         masks = self.decoder(refined)
         if self.coefficients is None:
@@ -218,11 +218,6 @@ class ASDA(ReferringSegmenter):
             *_, selected = self._read_and_select(features, image_index, input_ids, text_mask)
         return {name: level.layers.cpu() for name, level in selected.items()}
 
-    def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
-        logits = outputs["mask_logits"]
-        masks = self.shrink_targets(masks, logits.shape[-2:])
-        return self.loss(logits, masks)
-
 
 def _evidence(features: Tensor, sentence: Tensor) -> Tensor:
     """What an existence head reads: (E, dim, h, w), (E, D) -> (E, dim + D).
@@ -232,20 +227,12 @@ def _evidence(features: Tensor, sentence: Tensor) -> Tensor:
     return torch.cat([features.amax((2, 3)), sentence], 1)
 
 
-def _to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(E, h w, C) -> (E, C, h, w), channels last in memory."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
-
-
 def _check(cfg: CfgNode, vision_depth: int, text_depth: int) -> None:
     """Raise ValueError for words that no part knows, and for layers that the encoders do not have."""
     asda = cfg.MODEL.ASDA
-    for key, value, known in (
-        ("ALIGNER", asda.ALIGNER, ("dual", "single", "none")),
-        ("RESPONSES", asda.RESPONSES, ("relu", "sigmoid")),
-        ("SELECTION.TEXT", asda.SELECTION.TEXT, ("layer", "final")),
-    ):
-        check_choice(f"MODEL.ASDA.{key}", value, known)
+    check_choice("MODEL.ASDA.ALIGNER", asda.ALIGNER, ("dual", "single", "none"))
+    check_choice("MODEL.ASDA.RESPONSES", asda.RESPONSES, ("relu", "sigmoid"))
+    check_choice("MODEL.ASDA.SELECTION.TEXT", asda.SELECTION.TEXT, ("layer", "final"))
     layerwise = asda.SELECTION.TEXT == "layer"
     depth = min(vision_depth, text_depth) if layerwise else vision_depth
     for key in ("LOW_LAYERS", "MID_LAYERS"):

@@ -3,16 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import MultiheadAttention
+from ..layers import MLP, MultiheadAttention
 from ..layers.position import sine_position_2d
-
-
-class FeedForward(nn.Sequential):
-    def __init__(self, *, dim: int, hidden_dim: int, dropout: float):
-        super().__init__(
-            *(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Dropout(dropout)),
-            *(nn.Linear(hidden_dim, dim), nn.Dropout(dropout)),
-        )
 
 
 class LocalVisualAttention(nn.Module):
@@ -44,55 +36,55 @@ class LocalVisualAttention(nn.Module):
         return self.norm(tokens)
 
 
-class VisualAttentionLayer(nn.Module):
-    """Norms after the sums, as released, or before (Eq. 6)."""
+class _Layer(nn.Module):
+    """Attention and feed-forward layer; norms after the sums, as released, or before (Eq. 6, 8)."""
 
-    def __init__(self, *, dim: int, num_heads: int, dropout: float, pre_norm: bool):
+    def __init__(self, *, pre_norm: bool):
         super().__init__()
         self.pre_norm = pre_norm
+
+    def _build(self, *, dim: int, num_heads: int, dropout: float, hidden_dim: int) -> None:
         self.attention = MultiheadAttention(dim=dim, num_heads=num_heads, dropout=dropout)
-        self.dropout = nn.Dropout(dropout)
-        self.feed_forward = FeedForward(dim=dim, hidden_dim=dim, dropout=dropout)
+        self.feed_forward = MLP(dim, hidden_dim, dim, activation=nn.ReLU, dropout=dropout)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """(E, n, dim), (n, dim) -> (E, n, dim); queries and keys carry positions, values do not."""
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """(E, n, dim), what ``attend`` takes beside it -> (E, n, dim)"""
         if self.pre_norm:
-            x = x + self._attend(self.norm1(x), positions)
+            x = x + self.attend(self.norm1(x), context)
             return x + self.feed_forward(self.norm2(x))
-        x = self.norm1(x + self._attend(x, positions))
+        x = self.norm1(x + self.attend(x, context))
         return self.norm2(x + self.feed_forward(x))
 
-    def _attend(self, x: Tensor, positions: Tensor) -> Tensor:
+
+class VisualAttentionLayer(_Layer):
+    """Pixels attend each other."""
+
+    def __init__(self, *, dim: int, num_heads: int, dropout: float, pre_norm: bool):
+        super().__init__(pre_norm=pre_norm)
+        self.dropout = nn.Dropout(dropout)
+        self._build(dim=dim, num_heads=num_heads, dropout=dropout, hidden_dim=dim)
+
+    def attend(self, x: Tensor, positions: Tensor) -> Tensor:
+        """(E, n, dim), (n, dim) -> (E, n, dim); queries and keys carry positions, values do not."""
         located = x + positions
         return self.dropout(self.attention(located, located, values=x))
 
 
-class WordGuidedAttention(nn.Module):
+class WordGuidedAttention(_Layer):
     """Pixels read words: F_fine. Padding is read as well, as released."""
 
     def __init__(self, *, dim: int, text_dim: int, num_heads: int, dropout: float, pre_norm: bool):
-        super().__init__()
-        self.pre_norm = pre_norm
+        super().__init__(pre_norm=pre_norm)
         self.words = nn.Linear(text_dim, dim, bias=False)
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
-        self.attention = MultiheadAttention(dim=dim, num_heads=num_heads, dropout=dropout)
-        self.feed_forward = FeedForward(dim=dim, hidden_dim=4 * dim, dropout=dropout)
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
+        self._build(dim=dim, num_heads=num_heads, dropout=dropout, hidden_dim=4 * dim)
 
-    def forward(self, tokens: Tensor, words: Tensor) -> Tensor:
+    def attend(self, tokens: Tensor, words: Tensor) -> Tensor:
         """Pixels (E, n, dim), words (E, L, text_dim) -> (E, n, dim)"""
         words = F.relu(self.words(words))
-        if self.pre_norm:
-            x = tokens + self._attend(self.norm1(tokens), words)
-            return x + self.feed_forward(self.norm2(x))
-        x = self.norm1(tokens + self._attend(tokens, words))
-        return self.norm2(x + self.feed_forward(x))
-
-    def _attend(self, tokens: Tensor, words: Tensor) -> Tensor:
         queries, keys = F.relu(self.query(tokens)), F.relu(self.key(words))
         return self.attention(queries, keys, values=F.relu(self.value(words)))

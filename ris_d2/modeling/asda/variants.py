@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers import MLP
 from ..options import check_choice
 from .afs import Selected
 from .blocks import ConvBlock, Norm
@@ -29,12 +30,7 @@ def build_network(name: str, *, dim: int, candidates: int) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(wide, candidates))
     if name == "conv":
         return CandidateConv(dim=dim)
-    return nn.Sequential(
-        nn.Flatten(),
-        *(nn.Linear(wide, 1024), nn.ReLU()),
-        *(nn.Linear(1024, 256), nn.ReLU()),
-        nn.Linear(256, candidates),
-    )
+    return nn.Sequential(nn.Flatten(), *MLP(wide, 1024, 256, candidates, activation=nn.ReLU))
 
 
 class CandidateConv(nn.Module):

@@ -4,23 +4,22 @@ Vision tokens go through the A weights, text tokens through the B weights of eve
 attention itself is joint. Parameter names are those of the released checkpoints without ``beit3.``.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers.attention import drop_path_scale
+from ..layers.attention import attend_by_heads, drop_path_scale
 from ..layers.multiway import ModalityPair, Streams, join, split, visible_tokens
-from ..layers.position import resize_position_table
+from ..layers.position import fit_positions
 from ..layers.stem import build_stem, patch_grid
 from ..options import arguments, check_choice
 
-LAYER_NORM_EPS = 1e-5
 # Rows 0 and 1 of both position tables are never read (a heritage of fairseq's padding index).
 FIRST_POSITION = 2
 
@@ -33,29 +32,20 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             setattr(self, name, ModalityPair(lambda: nn.Linear(dim, dim)))
-        self.inner_attn_ln = ModalityPair(lambda: nn.LayerNorm(dim, eps=LAYER_NORM_EPS))
+        self.inner_attn_ln = ModalityPair(lambda: nn.LayerNorm(dim))
 
     def forward(self, streams: Streams, attn_mask: Tensor | None) -> Streams:
         """``attn_mask``: bool (B, 1, 1, k+T), True where a key may be attended; None = everywhere."""
-        q, k, v = (
-            self._heads(project(streams)) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        joint = F.scaled_dot_product_attention(q, k, v, attn_mask).transpose(1, 2).flatten(2)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        heads = [join(project(streams)) for project in projections]
+        joint = attend_by_heads(*heads, self.num_heads, attn_mask)
         return self.out_proj(self.inner_attn_ln(split(joint, streams)))
 
-    def _heads(self, streams: Streams) -> Tensor:
-        return join(streams).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-
-class FeedForward(nn.Module):
-    def __init__(self, *, dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.ffn_layernorm = nn.LayerNorm(4 * dim, eps=LAYER_NORM_EPS)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
+def feed_forward(dim: int) -> nn.Sequential:
+    """Linear, GELU, LayerNorm, Linear."""
+    fc1, norm, fc2 = nn.Linear(dim, 4 * dim), nn.LayerNorm(4 * dim), nn.Linear(4 * dim, dim)
+    return nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU(), ffn_layernorm=norm, fc2=fc2))
 
 
 class EncoderLayer(nn.Module):
@@ -64,10 +54,10 @@ class EncoderLayer(nn.Module):
     def __init__(self, *, dim: int, num_heads: int, drop_path: float):
         super().__init__()
         self.drop_path = drop_path
-        self.self_attn_layer_norm = ModalityPair(lambda: nn.LayerNorm(dim, eps=LAYER_NORM_EPS))
+        self.self_attn_layer_norm = ModalityPair(lambda: nn.LayerNorm(dim))
         self.self_attn = Attention(dim=dim, num_heads=num_heads)
-        self.final_layer_norm = ModalityPair(lambda: nn.LayerNorm(dim, eps=LAYER_NORM_EPS))
-        self.ffn = ModalityPair(lambda: FeedForward(dim=dim))
+        self.final_layer_norm = ModalityPair(lambda: nn.LayerNorm(dim))
+        self.ffn = ModalityPair(lambda: feed_forward(dim))
 
     def forward(
         self, vision: Tensor | None, text: Tensor | None, attn_mask: Tensor | None
@@ -89,30 +79,21 @@ class Encoder(nn.Module):
     """Position tables, layers and the optional last LayerNorm."""
 
     def __init__(
-        self,
-        *,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        num_patches: int,
-        max_text_positions: int,
-        drop_path: float,
-        final_norm: bool,
+        self, *, dim: int, num_rows: dict[str, int], drop_paths: Sequence[float], num_heads: int
     ):
+        """
+        Args:
+            num_rows: of the position tables of vision, "A", and text, "B".
+            drop_paths: per layer.
+        """
         super().__init__()
-        self.embed_positions = nn.ModuleDict(
-            {
-                "A": nn.Embedding(FIRST_POSITION + 1 + num_patches, dim),
-                "B": nn.Embedding(max_text_positions, dim),
-            }
-        )
+        tables = {modality: nn.Embedding(rows, dim) for modality, rows in num_rows.items()}
+        self.embed_positions = nn.ModuleDict(tables)
         self.layers = nn.ModuleList(
-            EncoderLayer(dim=dim, num_heads=num_heads, drop_path=drop_path * i / max(depth - 1, 1))
-            for i in range(depth)
+            EncoderLayer(dim=dim, num_heads=num_heads, drop_path=drop_path)
+            for drop_path in drop_paths
         )
-        self.layer_norm = None
-        if final_norm:
-            self.layer_norm = ModalityPair(lambda: nn.LayerNorm(dim, eps=LAYER_NORM_EPS))
+        self.layer_norm: ModalityPair | None = None
 
     def positions(self, modality: str, length: int) -> Tensor:
         """(length, dim): the rows that the first ``length`` tokens of a modality add."""
@@ -182,13 +163,15 @@ class RISBEiT3(Backbone):
         self.vision_embed = VisionEmbedding(dim=embed_dim, patch_size=patch_size, stem=stem)
         self.encoder = Encoder(
             dim=embed_dim,
-            depth=depth,
+            num_rows={
+                "A": FIRST_POSITION + 1 + self.grid[0] * self.grid[1],
+                "B": max_text_positions,
+            },
+            drop_paths=[drop_path * i / max(depth - 1, 1) for i in range(depth)],
             num_heads=num_heads,
-            num_patches=self.grid[0] * self.grid[1],
-            max_text_positions=max_text_positions,
-            drop_path=drop_path,
-            final_norm=final_norm,
         )
+        if final_norm:
+            self.encoder.layer_norm = ModalityPair(lambda: nn.LayerNorm(embed_dim))
         check_choice("MODEL.RIS.BEIT3.INIT", init, _INITS)
         self.apply(_INITS[init])
         nn.init.trunc_normal_(self.vision_embed.cls_token, std=0.02)
@@ -284,12 +267,8 @@ class RISBEiT3(Backbone):
             a new state dict, and the names of the tensors that changed size.
         """
         name = "encoder.embed_positions.A.weight"
-        table = state_dict.get(name)
         special = FIRST_POSITION + 1  # two unused rows and [CLS]
-        if table is None or len(table) == special + self.grid[0] * self.grid[1]:
-            return state_dict, []
-        rows = resize_position_table(name, table, self.grid, special=special, mode="bicubic")
-        return {**state_dict, name: rows.to(table.dtype)}, [name]
+        return fit_positions(state_dict, name, self.grid, special=special, mode="bicubic")
 
 
 def _init_released(module: nn.Module) -> None:

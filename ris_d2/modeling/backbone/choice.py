@@ -1,5 +1,6 @@
 """MODEL.BACKBONE.NAME for methods that are built on one kind of backbone."""
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 from detectron2.config import CfgNode
@@ -31,14 +32,16 @@ def backbone_class(cfg: CfgNode, kind: type[Kind]) -> type[Kind]:
     return found
 
 
-def build_pyramid_backbone(cfg: CfgNode, kind: type[Backbone], levels: tuple[str, ...]) -> Backbone:
-    """Build any backbone that gives ``levels``; detectron2's default name stands for ``kind``.
+def build_pyramid_backbone(
+    cfg: CfgNode, levels: Sequence[str], kind: type[Backbone] | None = None
+) -> Backbone:
+    """Build any backbone that gives ``levels``; detectron2's default name stands for ``kind``, if given.
 
     Raises:
         ValueError: the name is unknown, or a level is missing.
     """
     name = cfg.MODEL.BACKBONE.NAME
-    if name == STOCK_NAME:
+    if kind is not None and name == STOCK_NAME:
         return kind(cfg)
     if name not in BACKBONE_REGISTRY:
         raise ValueError(f"MODEL.BACKBONE.NAME is {name!r}, which nobody has registered")

@@ -8,7 +8,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
-from ..layers.position import resize_position_table
+from ..layers.position import fit_positions
 from ..layers.stem import build_stem, patch_grid
 from ..options import arguments
 
@@ -133,8 +133,4 @@ class RISCLIPViT(Backbone):
             ValueError: the table is no square grid and [CLS].
         """
         name = "transformer.embeddings.position_embedding"
-        table = state_dict.get(name)
-        if table is None or len(table) == 1 + self.grid[0] * self.grid[1]:
-            return state_dict, []
-        rows = resize_position_table(name, table, self.grid, special=1, mode="bilinear")
-        return {**state_dict, name: rows}, [name]  # fp32: half precision would round again
+        return fit_positions(state_dict, name, self.grid, special=1, mode="bilinear")

@@ -1,5 +1,6 @@
 """SAM's image encoder (Kirillov et al., "Segment Anything", ICCV 2023), on transformers' SAM."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
+from torchvision.ops import Permute
 
 from ..layers.stem import conv_stem
 from ..options import arguments, check_choice
@@ -81,7 +83,7 @@ class RISSAMViT(Backbone):
             block.attn = DecomposedAttention(block.attn)
         check_choice("MODEL.RIS.SAM.STEM", stem, ("patch", "conv"))
         if stem == "conv":
-            self.vision_encoder.patch_embed = _ConvStem(dim=embed_dim, patch_size=patch_size)
+            self.vision_encoder.patch_embed = _conv_stem(embed_dim, patch_size)
         self.apply(_init_weights)
         nn.init.trunc_normal_(self.vision_encoder.pos_embed, std=0.02)
         self.vision_encoder.neck.requires_grad_(neck)
@@ -186,14 +188,10 @@ class DecomposedAttention(nn.Module):
         return self.proj(attended.unflatten(1, hidden_states.shape[1:3])), None
 
 
-class _ConvStem(nn.Module):
-    def __init__(self, *, dim: int, patch_size: int):
-        super().__init__()
-        self.convs = conv_stem(dim=dim, patch_size=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, H/p, W/p, dim)"""
-        return self.convs(images).permute(0, 2, 3, 1)
+def _conv_stem(dim: int, patch_size: int) -> nn.Sequential:
+    """(B, 3, H, W) -> (B, H/p, W/p, dim)"""
+    convs = conv_stem(dim=dim, patch_size=patch_size)
+    return nn.Sequential(OrderedDict(convs=convs, channels_last=Permute([0, 2, 3, 1])))
 
 
 def _init_weights(module: nn.Module) -> None:

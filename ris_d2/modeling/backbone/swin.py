@@ -8,6 +8,7 @@ outputs are ``norms.res2`` ... ``norms.res5``.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import Constants
+from ..layers import Constants, init_released
 from ..layers.attention import drop_path_scale
 from ..options import arguments
 
@@ -102,16 +103,6 @@ class WindowAttention(nn.Module):
         return self.proj(attended.reshape(batch, token_at.shape[0], -1).index_select(1, place_of))
 
 
-class SwinMLP(nn.Module):
-    def __init__(self, *, dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
-        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class SwinBlock(nn.Module):
     """x + WindowAttention(LN(x)), then x + MLP(LN(x)), each with stochastic depth."""
 
@@ -123,7 +114,8 @@ class SwinBlock(nn.Module):
             dim=dim, num_heads=num_heads, window_size=window_size, shift=shift
         )
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = SwinMLP(dim=dim)
+        fc1, fc2 = nn.Linear(dim, MLP_RATIO * dim), nn.Linear(MLP_RATIO * dim, dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
 
     def forward(self, tokens: Tensor, partition: Partition) -> Tensor:
         tokens = tokens + self._drop(self.attn(self.norm1(tokens), partition))
@@ -155,13 +147,7 @@ class SwinStage(nn.Module):
     """Blocks, every second one shifted, and what leads to the next stage."""
 
     def __init__(
-        self,
-        *,
-        dim: int,
-        num_heads: int,
-        window_size: int,
-        drop_paths: Sequence[float],
-        last: bool,
+        self, *, dim: int, num_heads: int, window_size: int, drop_paths: list[float], last: bool
     ):
         super().__init__()
         self.blocks = nn.ModuleList(
@@ -324,9 +310,6 @@ class RISSwin(Backbone):
 
 
 def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, WindowAttention):
+    init_released(module)
+    if isinstance(module, WindowAttention):
         nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)

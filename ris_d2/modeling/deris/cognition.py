@@ -7,7 +7,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..backbone import RISBEiT3
-from ..layers import MultiheadAttention
+from ..layers import MLP, MultiheadAttention
 from ..layers.position import sine_position_1d
 from ..options import arguments, check_choice
 from ..text import build_text_encoder
@@ -25,13 +25,7 @@ class TextDecoderLayer(nn.Module):
         self.self_norm = nn.LayerNorm(dim)
         self.text_attention = MultiheadAttention(dim=dim, num_heads=num_heads, dropout=dropout)
         self.text_norm = nn.LayerNorm(dim)
-        self.ffn = nn.Sequential(
-            nn.Linear(dim, ffn_dim),
-            nn.ReLU(),
-            nn.Dropout(dropout),
-            nn.Linear(ffn_dim, dim),
-            nn.Dropout(dropout),
-        )
+        self.ffn = MLP(dim, ffn_dim, dim, activation=nn.ReLU, dropout=dropout)
         self.ffn_norm = nn.LayerNorm(dim)
 
     def forward(
@@ -62,8 +56,12 @@ class CognitionLayer(nn.Module):
         Args:
             instance_attention: "queries": an expression's queries attend each other; "released": see
                 ``_attend_as_released``.
+
+        Raises:
+            ValueError: for an unknown instance attention.
         """
         super().__init__()
+        check_choice("MODEL.DERIS.INSTANCE_ATTENTION", instance_attention, ("released", "queries"))
         self.as_released = instance_attention == "released"
         self.instance_attention = MultiheadAttention(dim=dim, num_heads=num_heads)
         self.instance_norm = nn.LayerNorm(dim)
@@ -116,12 +114,13 @@ class CognitionLayer(nn.Module):
 class ExistenceDecoder(nn.Module):
     """Non-referent judgment: do the queries of the last round hold anything the sentence names?"""
 
-    def __init__(self, *, dim: int, num_heads: int, ffn_dim: int, num_layers: int, dropout: float):
+    def __init__(self, *, dim: int, num_layers: int, **layer: Any):
+        """
+        Args:
+            layer: see TextDecoderLayer.
+        """
         super().__init__()
-        self.layers = nn.ModuleList(
-            TextDecoderLayer(dim=dim, num_heads=num_heads, ffn_dim=ffn_dim, dropout=dropout)
-            for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(TextDecoderLayer(dim=dim, **layer) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
         self.logit = nn.Linear(dim, 1)
 
@@ -143,26 +142,23 @@ class CognitionBranch(nn.Module):
         reads_images: bool,
         num_layers: int,
         dim: int,
-        num_heads: int,
-        ffn_dim: int,
         num_queries: int,
-        instance_attention: str,
         text_positions: str,
         existence: ExistenceDecoder,
+        **layer: Any,
     ):
         """
         Args:
             encoder: RISBEiT3, or a text encoder (see ``modeling/text``).
             reads_images: build the visual tokens f_v; only with RISBEiT3.
             num_layers: cognition layers K, one per call of ``forward``.
-            instance_attention: "released" or "queries", see CognitionLayer.
             text_positions: "released" or "sine".
+            layer: see CognitionLayer.
 
         Raises:
-            ValueError: for unknown text positions or instance attention.
+            ValueError: for unknown text positions.
         """
         super().__init__()
-        check_choice("MODEL.DERIS.INSTANCE_ATTENTION", instance_attention, ("released", "queries"))
         check_choice("MODEL.DERIS.TEXT_POSITIONS", text_positions, _POSITIONS)
         self.encoder = encoder
         self.looks = isinstance(encoder, RISBEiT3)
@@ -174,15 +170,7 @@ class CognitionBranch(nn.Module):
         self.text_proj = nn.Linear(encoder_dim, dim)
         self.query = nn.Embedding(num_queries, encoder_dim)
         self.query_proj = nn.Linear(encoder_dim, dim)
-        self.layers = nn.ModuleList(
-            CognitionLayer(
-                dim=dim,
-                num_heads=num_heads,
-                ffn_dim=ffn_dim,
-                instance_attention=instance_attention,
-            )
-            for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(CognitionLayer(dim=dim, **layer) for _ in range(num_layers))
         self.referring = nn.Linear(dim, 2)
         self.existence = existence
         positions = _POSITIONS[text_positions](MAX_TOKENS, dim)
@@ -209,8 +197,7 @@ class CognitionBranch(nn.Module):
             **arguments(deris, "DIM", "NUM_HEADS", "FFN_DIM", "NUM_QUERIES"),
             **arguments(deris, "INSTANCE_ATTENTION", "TEXT_POSITIONS"),
             "existence": ExistenceDecoder(
-                dim=deris.DIM,
-                num_heads=deris.NUM_HEADS,
+                **arguments(deris, "DIM", "NUM_HEADS"),
                 ffn_dim=deris.EXISTENCE_FFN_DIM,
                 num_layers=deris.EXISTENCE_LAYERS,
                 dropout=deris.EXISTENCE_DROPOUT,
@@ -236,11 +223,10 @@ class CognitionBranch(nn.Module):
         if not self.looks:
             return None, self.text_proj(self.encoder(input_ids, text_mask))
         vision, text = self.encoder.joint(image_tokens[image_index], input_ids, text_mask)
-        visual = None
-        if self.visual_proj is not None:
-            visual = self.visual_proj(vision[:, 1:]).transpose(1, 2)
-            visual = visual.unflatten(2, self.encoder.grid)
-        return visual, self.text_proj(text)
+        if self.visual_proj is None:
+            return None, self.text_proj(text)
+        visual = self.visual_proj(vision[:, 1:]).transpose(1, 2)
+        return visual.unflatten(2, self.encoder.grid), self.text_proj(text)
 
     def initial_queries(self, num_expressions: int) -> Tensor:
         """The same for all expressions: (E, Q, C)."""

@@ -41,8 +41,6 @@ def add_deris_config(cfg: CN) -> None:
     # T_ref: queries with a higher referring score make up the mask; without any, nothing is there
     # (MODEL.RIS.NO_TARGET "head"). Published numbers: 0.7, DeRIS-L on gRefCOCO 0.9.
     cfg.MODEL.DERIS.SCORE_THRESHOLD = 0.7
-    # Multiply the scores by the existence probability. Released: an option that no table uses.
-    cfg.MODEL.DERIS.SCORE_WEIGHTED = False
     # Where no query exceeds T_ref, keep the best one (RIS without absent targets; ours).
     cfg.MODEL.DERIS.KEEP_BEST = False
     # Loss and matching cost of a round. The paper's text sets all weights to 1; the released code,

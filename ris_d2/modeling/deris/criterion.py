@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
-from ..losses import mean_over_processes
+from ..losses import mask_bce, mask_dice, mean_over_processes
 from ..options import arguments
 from .matcher import HungarianMatcher
 from .points import draw_uncertain_points, sample_masks, sample_upsampled
@@ -31,22 +31,21 @@ class DeRISCriterion(nn.Module):
     def __init__(
         self,
         *,
-        class_weight: float,
-        mask_weight: float,
-        dice_weight: float,
         aux_weight: float,
         existence_weight: float,
         not_referred_weight: float,
         num_points: int,
         oversample_ratio: float = 3.0,
         importance_ratio: float = 0.75,
+        **weights: float,
     ):
         """
         Args:
-            class_weight, mask_weight, dice_weight: of the terms, in the loss and in the matching.
             aux_weight: lambda_aux, weight of all rounds but the last.
             not_referred_weight: of unmatched queries in the class term; matched ones weigh 1.
             num_points: P per mask, in matching and loss.
+            weights: class_weight, mask_weight and dice_weight, of the terms in the loss and in the
+                matching.
             oversample_ratio: candidates per point of the loss, >= 1 (PointRend's, as released).
             importance_ratio: share of points at the most uncertain candidates, in [0, 1] (likewise).
 
@@ -59,35 +58,25 @@ class DeRISCriterion(nn.Module):
                 "MODEL.DERIS needs NUM_POINTS >= 1, OVERSAMPLE_RATIO >= 1 and IMPORTANCE_RATIO in "
                 f"[0, 1], not {num_points}, {oversample_ratio}, {importance_ratio}"
             )
-        self.class_weight = class_weight
-        self.mask_weight = mask_weight
-        self.dice_weight = dice_weight
-        self.aux_weight = aux_weight
-        self.existence_weight = existence_weight
+        self.aux_weight, self.existence_weight = aux_weight, existence_weight
         self.not_referred_weight = not_referred_weight
         label_weights = torch.tensor([1.0, not_referred_weight])
         self.register_buffer("label_weights", label_weights, persistent=False)
-        self.num_points = num_points
-        self.oversample_ratio = oversample_ratio
-        self.importance_ratio = importance_ratio
-        self.matcher = HungarianMatcher(
-            class_weight=class_weight,
-            mask_weight=mask_weight,
-            dice_weight=dice_weight,
-            num_points=num_points,
-        )
+        self.matcher = HungarianMatcher(num_points=num_points, **weights)
+        self.points = {
+            "num_points": num_points,
+            "oversample_ratio": oversample_ratio,
+            "importance_ratio": importance_ratio,
+        }
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        weights = (
-            "CLASS_WEIGHT",
-            "MASK_WEIGHT",
-            "DICE_WEIGHT",
-            "AUX_WEIGHT",
-            "NOT_REFERRED_WEIGHT",
-        )
-        own = arguments(cfg.MODEL.DERIS, *weights, "NUM_POINTS")
-        return {**own, "existence_weight": cfg.MODEL.RIS.EXISTENCE_WEIGHT}
+        deris = cfg.MODEL.DERIS
+        return {
+            "existence_weight": cfg.MODEL.RIS.EXISTENCE_WEIGHT,
+            **arguments(deris, "CLASS_WEIGHT", "MASK_WEIGHT", "DICE_WEIGHT", "AUX_WEIGHT"),
+            **arguments(deris, "NOT_REFERRED_WEIGHT", "NUM_POINTS"),
+        }
 
     def forward(
         self,
@@ -108,7 +97,7 @@ class DeRISCriterion(nn.Module):
                 which losses are taken.
             targets: per unit bool (E of the unit, N), on the CPU: which instances each expression
                 refers to.
-            names: per unit, for messages.
+            names: per expression, of its image, for messages.
 
         Returns:
             weighted scalars: loss_class, loss_mask, loss_dice of the last round, the same with
@@ -121,13 +110,7 @@ class DeRISCriterion(nn.Module):
         device = existence_logits.device
         with torch.autocast(device.type, enabled=False):
             masks, owners = _referred(instance_masks, targets, device)
-            unit_sizes = [len(rows) for rows in targets]
-            queries, matched = self.matcher(
-                rounds,
-                masks,
-                owners,
-                [name for name, size in zip(names, unit_sizes, strict=True) for _ in range(size)],
-            )
+            queries, matched = self.matcher(rounds, masks, owners, names)
             indices = torch.stack([owners[matched], queries, matched])  # matched on the CPU
             expressions, queries, matched = indices.to(device, non_blocking=True)
             class_losses = self._class_losses(rounds, expressions, queries)
@@ -139,13 +122,13 @@ class DeRISCriterion(nn.Module):
                 existence_logits.float(), exists.to(device, non_blocking=True), reduction="sum"
             ) / mean_over_processes(len(exists), device)
         losses = {"loss_existence": self.existence_weight * existence}
-        last = len(rounds) - 1
+        last, term = len(rounds) - 1, self.matcher
         for number in range(len(rounds)):
             suffix, weight = ("", 1.0) if number == last else (f"_{number}", self.aux_weight)
             if number in class_losses:
-                losses[f"loss_class{suffix}"] = weight * self.class_weight * class_losses[number]
-            losses[f"loss_mask{suffix}"] = weight * self.mask_weight * mask_losses[number]
-            losses[f"loss_dice{suffix}"] = weight * self.dice_weight * dice_losses[number]
+                losses[f"loss_class{suffix}"] = weight * term.class_weight * class_losses[number]
+            losses[f"loss_mask{suffix}"] = weight * term.mask_weight * mask_losses[number]
+            losses[f"loss_dice{suffix}"] = weight * term.dice_weight * dice_losses[number]
         return losses
 
     def counts(self, targets: Sequence[Tensor], num_queries: int) -> dict[str, float]:
@@ -199,19 +182,10 @@ class DeRISCriterion(nn.Module):
             ]
         )
         size = masks.shape[-2:]
-        points = draw_uncertain_points(
-            logits,
-            size,
-            num_points=self.num_points,
-            oversample_ratio=self.oversample_ratio,
-            importance_ratio=self.importance_ratio,
-        )
+        points = draw_uncertain_points(logits, size, **self.points)
         truths = sample_masks(masks[matched.flatten()], points)
         logits = sample_upsampled(logits[:, None], points, size)[:, 0]
-        bce = F.binary_cross_entropy_with_logits(logits, truths, reduction="none").mean(1)
-        probabilities = logits.sigmoid()
-        overlap = (probabilities * truths).sum(1)
-        dice = 1 - (2 * overlap + 1) / (probabilities.sum(1) + truths.sum(1) + 1)
+        bce, dice = mask_bce(logits, truths), mask_dice(logits, truths)
         # Released: at least 1. With fewer targets than processes that would not be one
         # process' loss.
         count = mean_over_processes(len(masks), logits.device)

@@ -10,13 +10,13 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
 from torch import Tensor
 
-from ..options import arguments
+from ..options import arguments, check_choice
 from ..segmenter import ReferringSegmenter
 from .cognition import CognitionBranch
 from .criterion import DeRISCriterion
-from .loopback import cognition_rounds, run_rounds
-from .perception import PerceptionBranch
+from .perception import ImageFeatures, PerceptionBranch
 
+QUERY_FLOWS = ("loopback", "p_to_c", "c_to_p", "hierarchical")
 _NOWHERE = -100.0  # logit of a mask without a pixel
 
 
@@ -45,9 +45,7 @@ class DeRIS(ReferringSegmenter):
         cognition: CognitionBranch,
         criterion: DeRISCriterion,
         query_flow: str,
-        num_rounds: int,
         score_threshold: float,
-        score_weighted: bool,
         keep_best: bool,
         return_instances: bool,
         **segmenter: Any,
@@ -55,9 +53,7 @@ class DeRIS(ReferringSegmenter):
         """
         Args:
             query_flow: see MODEL.DERIS.QUERY_FLOW.
-            num_rounds: N_r.
             score_threshold: T_ref; queries with a higher score make up the mask.
-            score_weighted: multiply scores by the existence probability.
             keep_best: keep the best query where no score exceeds the threshold.
             return_instances: results carry the masks and scores of all queries.
             segmenter: see ReferringSegmenter.
@@ -67,51 +63,66 @@ class DeRIS(ReferringSegmenter):
         self.cognition = cognition
         self.vocab_size = cognition.vocab_size
         self.criterion = criterion
-        self.thinking_rounds = cognition_rounds(query_flow, num_rounds)
-        self.num_rounds = num_rounds
+        self.thinking_rounds = thinking_rounds(query_flow, len(perception.layers))
         self.score_threshold = score_threshold
-        self.score_weighted = score_weighted
         self.keep_best = keep_best
         self.return_instances = return_instances
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         deris = cfg.MODEL.DERIS
-        thinking_rounds = cognition_rounds(deris.QUERY_FLOW, deris.ROUNDS)
+        num_layers = len(thinking_rounds(deris.QUERY_FLOW, deris.ROUNDS))
         return {
             **super().from_config(cfg),
             "perception": PerceptionBranch(cfg),
-            "cognition": CognitionBranch(cfg, len(thinking_rounds)),
+            "cognition": CognitionBranch(cfg, num_layers),
             "criterion": DeRISCriterion(cfg),
-            "num_rounds": deris.ROUNDS,
-            **arguments(deris, "QUERY_FLOW", "SCORE_THRESHOLD", "SCORE_WEIGHTED", "KEEP_BEST"),
+            **arguments(deris, "QUERY_FLOW", "SCORE_THRESHOLD", "KEEP_BEST"),
             "return_instances": cfg.TEST.INSTANCES,
         }
 
-    def encode_images(self, images: Tensor, views: dict[str, Tensor]) -> tuple[Any, Tensor | None]:
+    def encode_images(
+        self, images: Tensor, views: dict[str, Tensor]
+    ) -> tuple[ImageFeatures, Tensor | None]:
         return self.perception.encode_images(images), self.cognition.encode_images(views)
 
     def segment(
         self,
-        features: tuple[Any, Tensor | None],
+        features: tuple[ImageFeatures, Tensor | None],
         image_index: Tensor,
         input_ids: Tensor,
         text_mask: Tensor,
     ) -> dict[str, Any]:
-        """Returns "rounds" (see the package's docstring) and "existence_logits" (E,)."""
+        """Loopback synergy: queries travel between perception and cognition.
+
+        Round 0 has the initial queries, each of the N_r others those of a perception layer. A round
+        predicts masks, and if it is a thinking round, a cognition layer scores the queries and fuses
+        what it learned into them; they and the masks, as the area they may attend, go to the next.
+
+        Returns:
+            "rounds" (see the package's docstring; scores of the last thinking round belong to the last
+            round) and "existence_logits" (E,).
+        """
         perceived, image_tokens = features
         visual, text = self.cognition.read(image_tokens, image_index, input_ids, text_mask)
-        rounds, queries = run_rounds(
-            self.perception,
-            self.cognition,
-            thinking_rounds=self.thinking_rounds,
-            num_rounds=self.num_rounds,
-            features=perceived,
-            image_index=image_index,
-            visual=visual,
-            text=text,
-            text_mask=text_mask,
-        )
+        mask_features = self.perception.mask_features(perceived, image_index, visual)
+        queries = self.cognition.initial_queries(image_index.shape[0])
+        rounds: list[dict[str, Tensor]] = []
+        for number in range(len(self.perception.layers) + 1):
+            if number > 0:
+                attention = self.perception.attention_mask(rounds[-1]["mask_logits"], number - 1)
+                queries = self.perception.layer(
+                    number - 1, queries, attention, perceived, image_index, mask_features
+                )
+            logits = self.perception.predict_masks(queries, mask_features)
+            rounds.append({"mask_logits": logits})
+            if number in self.thinking_rounds:
+                prior = self.perception.mask_prior(logits, mask_features)
+                layer = self.thinking_rounds.index(number)
+                queries, scores = self.cognition(layer, queries, prior, text, text_mask)
+                rounds[-1]["class_logits"] = scores
+        if "class_logits" not in rounds[-1]:  # cognition came first, and scored masks yet to come
+            rounds[-1]["class_logits"] = rounds[self.thinking_rounds[-1]].pop("class_logits")
         existence_logits = self.cognition.existence(queries, text, text_mask)
         return {"rounds": rounds, "existence_logits": existence_logits}
 
@@ -121,7 +132,11 @@ class DeRIS(ReferringSegmenter):
         return {
             "instance_masks": self._move(torch.cat(masks)).split([len(own) for own in masks]),
             "targets": [x["targets"] for x in batched_inputs],
-            "names": [str(x.get("file_name", x.get("image_id"))) for x in batched_inputs],
+            "names": [
+                str(x.get("file_name", x.get("image_id")))
+                for x in batched_inputs
+                for _ in x["targets"]
+            ],
         }
 
     def losses(self, outputs: dict[str, Any], targets: dict[str, Any]) -> dict[str, Tensor]:
@@ -182,8 +197,6 @@ class DeRIS(ReferringSegmenter):
         """Existence (E,), scores of the queries (E, Q), and bool (E, Q): which ones make up the mask."""
         existence = outputs["existence_logits"][rows].float().sigmoid()
         scores = outputs["rounds"][-1]["class_logits"][rows].float().softmax(-1)[..., 0]
-        if self.score_weighted:
-            scores = scores * existence[:, None]
         chosen = scores > self.threshold("score_threshold", inputs)
         if self.keep_best:
             chosen |= ~chosen.any(1, keepdim=True) & (scores == scores.max(1, keepdim=True).values)
@@ -200,3 +213,15 @@ class DeRIS(ReferringSegmenter):
         return F.interpolate(
             logits.float(), size=self.input_size, mode="bilinear", align_corners=True
         )
+
+
+def thinking_rounds(query_flow: str, num_rounds: int) -> list[int]:
+    """Rounds of 0..N_r that end with a cognition layer.
+
+    Raises:
+        ValueError: unknown flow.
+    """
+    check_choice("MODEL.DERIS.QUERY_FLOW", query_flow, QUERY_FLOWS)
+    if query_flow == "loopback":
+        return list(range(num_rounds + 1))
+    return [0] if query_flow == "c_to_p" else [num_rounds]

@@ -1,6 +1,7 @@
 """Which query answers for which referred instance: Hungarian matching on sampled points."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -9,20 +10,18 @@ from torch import Tensor
 from .points import sample_masks, sample_upsampled
 
 
+@dataclass(frozen=True, kw_only=True)
 class HungarianMatcher:
     """Assignment of the least cost between an expression's queries and its referred instances.
 
     The cost of a pair is -class_weight * p(referred) + mask_weight * BCE + dice_weight * dice, the
-    mask terms on points that are drawn uniformly and shared by all pairs of an expression.
+    mask terms on ``num_points`` points that are drawn uniformly and shared by all pairs of an expression.
     """
 
-    def __init__(
-        self, *, class_weight: float, mask_weight: float, dice_weight: float, num_points: int
-    ):
-        self.class_weight = class_weight
-        self.mask_weight = mask_weight
-        self.dice_weight = dice_weight
-        self.num_points = num_points
+    class_weight: float
+    mask_weight: float
+    dice_weight: float
+    num_points: int
 
     @torch.no_grad()
     def __call__(

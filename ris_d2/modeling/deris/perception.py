@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from ..backbone import RISSwin, build_pyramid_backbone
-from ..layers import Constants, MultiheadAttention, resize_maps
+from ..layers import MLP, Constants, MultiheadAttention, resize_maps
 from ..options import arguments
 from .pixel_decoder import LEVELS, PixelDecoder, Size
 
@@ -25,8 +26,7 @@ class ImageFeatures(NamedTuple):
     Attributes:
         levels: tokens (B, h * w, C) of res5, res4, res3, each with its level embedding.
         sizes: their (h, w).
-        keys_values: per perception layer, keys and values (B, heads, h * w, C / heads) of its level;
-            empty if levels take up visual tokens first.
+        keys_values: per perception layer, keys and values (B, h * w, C) of its level; empty if levels take up visual tokens first.
         maps: (B, C, H/4, W/4), the share of f_h4 in f_m.
     """
 
@@ -36,38 +36,31 @@ class ImageFeatures(NamedTuple):
     maps: Tensor
 
 
+@dataclass(kw_only=True)
 class MaskFeatures:
     """f_m = Conv(Concat(f_h4, f_v)) of E expressions, never computed as one tensor.
 
     A 1x1 convolution of a concatenation is a sum, and upsampling and the products that f_m is used in
     are linear: the share of f_h4 stays one map per image, and that of f_v as small as it comes.
+
+    Attributes:
+        maps: (B, C, h, w), the share of f_h4.
+        visual: (E, C, g, g), the share of f_v before upsampling; None without.
+        level_visual: (E, C, g, g) per level, what f_v adds to it; empty unless hierarchical.
+        image_index: int64 (E,), the row of ``maps`` of each expression.
+        upsample_and_pool: of ``upsample_and_pool``.
     """
 
-    def __init__(
-        self,
-        *,
-        maps: Tensor,
-        visual: Tensor | None,
-        level_visual: Sequence[Tensor],
-        image_index: Tensor,
-        upsample_and_pool: Constants,
-    ):
-        """
-        Args:
-            maps: (B, C, h, w), the share of f_h4.
-            visual: (E, C, g, g), the share of f_v before upsampling; None without.
-            level_visual: (E, C, g, g) per level, what f_v adds to it; empty unless hierarchical.
-            image_index: int64 (E,), the row of ``maps`` of each expression.
-            upsample_and_pool: of ``upsample_and_pool``.
-        """
-        self.maps = maps
-        self._upsample_and_pool = upsample_and_pool
-        self.pooled = F.avg_pool2d(maps, PRIOR_STRIDE)
-        self.visual = visual
-        self.level_visual = level_visual
-        self.image_index = image_index
+    maps: Tensor
+    visual: Tensor | None
+    level_visual: Sequence[Tensor]
+    image_index: Tensor
+    upsample_and_pool: Constants
+
+    def __post_init__(self) -> None:
+        self.pooled = F.avg_pool2d(self.maps, PRIOR_STRIDE)
         # One image's map serves all expressions as it is; of several each expression takes its own.
-        self._own_maps = maps if maps.shape[0] == 1 else maps[image_index]
+        self._own_maps = self.maps if self.maps.shape[0] == 1 else self.maps[self.image_index]
 
     def dot(self, embeddings: Tensor) -> Tensor:
         """f_m times embeddings (E, Q, C) -> (E, Q, h, w)."""
@@ -82,7 +75,7 @@ class MaskFeatures:
         pooled = self.pooled.flatten(2).transpose(1, 2)
         total = masks.flatten(2) @ pooled[self.image_index]
         if self.visual is not None:
-            rows, columns = self._upsample_and_pool(
+            rows, columns = self.upsample_and_pool(
                 tuple(self.visual.shape[-2:]), tuple(self.maps.shape[-2:]), device=masks.device
             )
             shrunk = torch.einsum("eqhw,gh,fw->eqgf", masks, rows, columns)
@@ -99,7 +92,7 @@ class PerceptionLayer(nn.Module):
         self.cross_norm = nn.LayerNorm(dim)
         self.self_attention = MultiheadAttention(dim=dim, num_heads=num_heads)
         self.self_norm = nn.LayerNorm(dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
+        self.ffn = MLP(dim, ffn_dim, dim, activation=nn.ReLU)
         self.ffn_norm = nn.LayerNorm(dim)
         # As Mask2Former; queries, keys and values start as MultiheadAttention's.
         for layer in (self.cross_attention.out, self.self_attention.out, self.ffn[0], self.ffn[2]):
@@ -141,10 +134,9 @@ class PerceptionBranch(nn.Module):
         num_layers: int,
         num_queries: int,
         dim: int,
-        num_heads: int,
-        ffn_dim: int,
         reads_visual: bool,
         hierarchical: bool,
+        **layer: int,
     ):
         """
         Args:
@@ -152,6 +144,7 @@ class PerceptionBranch(nn.Module):
             num_queries: N.
             reads_visual: f_v is part of the mask features.
             hierarchical: f_v is also added to each level that the layers read.
+            layer: see PerceptionLayer.
 
         Raises:
             ValueError: without a layer, or hierarchical without f_v.
@@ -168,14 +161,9 @@ class PerceptionBranch(nn.Module):
         self.pixel_decoder = pixel_decoder
         self.query_position = nn.Embedding(num_queries, dim)
         self.level_embed = nn.Embedding(len(LEVELS), dim)
-        self.layers = nn.ModuleList(
-            PerceptionLayer(dim=dim, num_heads=num_heads, ffn_dim=ffn_dim)
-            for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(PerceptionLayer(dim=dim, **layer) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim)
-        self.mask_embed = nn.Sequential(
-            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim)
-        )
+        self.mask_embed = MLP(dim, dim, dim, dim, activation=nn.ReLU)
         self.mask_proj = nn.Conv2d(dim, dim, 1)
         self.visual_proj = None
         if reads_visual:
@@ -193,15 +181,14 @@ class PerceptionBranch(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         deris = cfg.MODEL.DERIS
-        backbone = build_pyramid_backbone(cfg, RISSwin, ("res2", "res3", "res4", "res5"))
+        backbone = build_pyramid_backbone(cfg, ("res2", "res3", "res4", "res5"), RISSwin)
         return {
             "backbone": backbone,
             "pixel_decoder": PixelDecoder(
                 input_shape=backbone.output_shape(),
-                dim=deris.DIM,
-                num_heads=deris.NUM_HEADS,
                 num_layers=deris.PIXEL_DECODER_LAYERS,
                 ffn_dim=deris.PIXEL_DECODER_FFN_DIM,
+                **arguments(deris, "DIM", "NUM_HEADS"),
             ),
             "num_layers": deris.ROUNDS,
             **arguments(deris, "NUM_QUERIES", "DIM", "NUM_HEADS", "FFN_DIM"),

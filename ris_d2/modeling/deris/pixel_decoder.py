@@ -7,7 +7,7 @@ import torch
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from ..layers import Constants, resize_maps
+from ..layers import MLP, Constants, resize_maps
 from ..layers.deformable_attention import MultiScaleDeformableAttention
 from ..layers.position import sine_position_2d
 
@@ -25,7 +25,7 @@ class DeformableEncoderLayer(nn.Module):
             dim=dim, num_heads=num_heads, num_levels=len(LEVELS)
         )
         self.attention_norm = nn.LayerNorm(dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, dim))
+        self.ffn = MLP(dim, ffn_dim, dim, activation=nn.ReLU)
         self.ffn_norm = nn.LayerNorm(dim)
         for layer in (self.ffn[0], self.ffn[2]):
             nn.init.xavier_uniform_(layer.weight)
@@ -43,17 +43,12 @@ class PixelDecoder(nn.Module):
     """Mask2Former's, with the released DeRIS' ReLU and biases in the FPN step."""
 
     def __init__(
-        self,
-        *,
-        input_shape: Mapping[str, ShapeSpec],
-        dim: int,
-        num_heads: int,
-        num_layers: int,
-        ffn_dim: int,
+        self, *, input_shape: Mapping[str, ShapeSpec], dim: int, num_layers: int, **layer: int
     ):
         """
         Args:
             input_shape: of the backbone; needs "res2" ... "res5" at strides 4 ... 32.
+            layer: see DeformableEncoderLayer.
         """
         super().__init__()
         self.input_proj = nn.ModuleList(
@@ -62,8 +57,7 @@ class PixelDecoder(nn.Module):
         )
         self.level_embed = nn.Parameter(torch.empty(len(LEVELS), dim).normal_())
         self.layers = nn.ModuleList(
-            DeformableEncoderLayer(dim=dim, num_heads=num_heads, ffn_dim=ffn_dim)
-            for _ in range(num_layers)
+            DeformableEncoderLayer(dim=dim, **layer) for _ in range(num_layers)
         )
         self.lateral = nn.Sequential(
             nn.Conv2d(input_shape[FINEST].channels, dim, 1), _group_norm(dim), nn.ReLU()

@@ -1,8 +1,7 @@
-from .attention import MLP, MultiheadAttention
+from .attention import MLP, MultiheadAttention, VisionFromWords
 from .constants import Constants
 from .existence import ExistenceHead
-from .init import init_xavier
-from .norm import instance_norm
+from .init import init_released, init_xavier
 from .resize import mask_product, resize_maps
 
 __all__ = [
@@ -10,8 +9,9 @@ __all__ = [
     "Constants",
     "ExistenceHead",
     "MultiheadAttention",
+    "VisionFromWords",
+    "init_released",
     "init_xavier",
-    "instance_norm",
     "mask_product",
     "resize_maps",
 ]

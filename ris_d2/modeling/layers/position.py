@@ -48,26 +48,30 @@ def sine_position_1d(length: int, dim: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
 
 
-def resize_position_table(
-    name: str, table: Tensor, grid: tuple[int, int], *, special: int, mode: str
-) -> Tensor:
+def fit_positions(
+    state_dict: dict[str, Tensor], name: str, grid: tuple[int, int], *, special: int, mode: str
+) -> tuple[dict[str, Tensor], list[str]]:
     """Fit a checkpoint's learned positions to another grid.
 
     Args:
-        name: of the table, for the message.
-        table: (special + side * side, C); the first ``special`` rows are of no place and stay.
+        name: of the table (special + side * side, C), whose first ``special`` rows are of no place.
         grid: (h, w).
         mode: of ``interpolate``.
 
     Returns:
-        float32 (special + h * w, C)
+        a new state dict, with the table as float32 (special + h * w, C) if it did not fit, and the
+        names of the tensors that changed size.
 
     Raises:
         ValueError: the table is of no square grid.
     """
+    table = state_dict.get(name)
+    if table is None or len(table) == special + grid[0] * grid[1]:
+        return state_dict, []
     side = math.isqrt(len(table) - special)
     if side * side != len(table) - special:
         raise ValueError(f"{name} has {len(table)} rows, not {special} plus a square grid")
     maps = table[special:].float().T.reshape(1, -1, side, side)
     maps = F.interpolate(maps, size=grid, mode=mode, align_corners=False)
-    return torch.cat([table[:special].float(), maps[0].flatten(1).T])
+    rows = torch.cat([table[:special].float(), maps[0].flatten(1).T])
+    return {**state_dict, name: rows}, [name]

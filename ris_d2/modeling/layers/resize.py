@@ -23,6 +23,8 @@ def resize_maps(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> 
         (..., height, width); float32 where ``maps`` is bool.
     """
     maps = maps if maps.is_floating_point() else maps.float()
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
     align = {"align_corners": False} if mode == "bilinear" else {}
     flat = maps.reshape(1, -1, *maps.shape[-2:])
     resized = F.interpolate(flat, size=tuple(size), mode=mode, **align)

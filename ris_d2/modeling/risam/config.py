@@ -15,13 +15,10 @@ def add_risam_config(cfg: CN) -> None:
     cfg.MODEL.RISAM.NORM = "BN"  # BN | SyncBN (over all processes, on the CPU, too) | GN | ...
     # What Fig. 3's caption calls "Pos. Enc." of the words: sine | learned | none (ours: sine).
     cfg.MODEL.RISAM.LANG_POS_ENC = "sine"
-    cfg.MODEL.RISAM.MASK_PAD = True  # no attention reads padded words (ours)
     # Feature Enhancement. TYPE: fusion | linear (last feature, projected; Table 2 #1) | identity
     # (last feature as it is; Table 11) | vitdet (pyramid of the last feature; Table 6).
     cfg.MODEL.RISAM.FE = CN()
     cfg.MODEL.RISAM.FE.TYPE = "fusion"
-    cfg.MODEL.RISAM.FE.MLP_LAYERS = 2  # linear layers per MLP (ours)
-    cfg.MODEL.RISAM.FE.NUM_CONVS = 1  # 3x3 convolutions per CBA (ours)
     # ma (Mutual-Aware Attention) | conv (Table 2 #2) | te, sdf, bcm (Table 3) | none (Table 11)
     cfg.MODEL.RISAM.FUSION = "ma"
     cfg.MODEL.RISAM.MA = CN()
@@ -39,11 +36,9 @@ def add_risam_config(cfg: CN) -> None:
     cfg.MODEL.RISAM.DEC.NUM_BLOCKS = 2  # ours: with it the head has 6M parameters
     # ours; of all attention in the head but Eq. 3's, which has one
     cfg.MODEL.RISAM.DEC.NUM_HEADS = 8
-    cfg.MODEL.RISAM.DEC.OUT_PROJ = True  # a fourth linear layer per attention (ours)
     cfg.MODEL.RISAM.DEC.NORM = "none"  # after residual sums: none (Eq. 6, 8, 9) | LN
     # hidden width of an MLP per block and stream; 0: none (Eq. 6-9)
     cfg.MODEL.RISAM.DEC.FFN_DIM = 0
-    cfg.MODEL.RISAM.DEC.DROPOUT = 0.0
     cfg.MODEL.RISAM.DEC.TOI_A = False  # tokens attend the pixels, too (Table 5 #9)
     cfg.MODEL.RISAM.DEC.ELG = True  # words enter the decoder; False: the query token alone (#10)
     cfg.MODEL.RISAM.DEC.UP_DIMS = (128, 64)  # channels after each upsampling x2 (ours)

@@ -1,8 +1,8 @@
 """The Mutual-Aware Mask Decoder of RISAM (Eq. 6 to 9)."""
 
 import itertools
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.layers import get_norm
@@ -19,29 +19,19 @@ class MutualAwareMaskDecoder(nn.Module):
         self,
         *,
         dim: int,
-        num_heads: int,
         num_blocks: int,
-        out_proj: bool,
-        layer_norm: bool,
-        ffn_dim: int,
-        dropout: float,
-        toi_a: bool,
         elg: bool,
         up_dims: Sequence[int],
         norm: str,
+        **block: Any,
     ):
         """
         Args:
-            out_proj: a fourth linear layer in each attention.
-            layer_norm: after each residual sum. The paper's equations have none.
-            ffn_dim: hidden width of an MLP at the end of each block, for pixels and tokens apart; 0:
-                none, as in the paper's equations.
-            dropout: of what attention and MLP add.
-            toi_a: the tokens attend the pixels, too (Table 5 #9).
             elg: False: without extra linguistic guidance (Table 5 #10). The query token is alone, so it
                 attends the pixels, and the pixels do not attend it: a softmax over one key is 1.
             up_dims: channels after each upsampling x2.
             norm: of the upsampling: BN, SyncBN, GN, ...
+            block: see DecoderBlock.
 
         Raises:
             ValueError: less than one block.
@@ -51,29 +41,15 @@ class MutualAwareMaskDecoder(nn.Module):
             raise ValueError(f"MODEL.RISAM.DEC.NUM_BLOCKS is {num_blocks}, it must be at least 1")
         self.elg = elg
         self.query = nn.Embedding(1, dim)  # F_m
-
-        residual = partial(Residual, dim=dim, dropout=dropout, layer_norm=layer_norm)
-
-        def attention() -> Residual:
-            return residual(MultiheadAttention(dim=dim, num_heads=num_heads, out_proj=out_proj))
-
-        def ffn() -> Residual:
-            return residual(MLP(dim=dim, hidden_dim=ffn_dim, out_dim=dim, activation=nn.ReLU))
-
         self.blocks = nn.ModuleList(
-            DecoderBlock(attention=attention, ffn=ffn if ffn_dim else None, toi_a=toi_a, elg=elg)
-            for _ in range(num_blocks)
+            DecoderBlock(dim=dim, elg=elg, **block) for _ in range(num_blocks)
         )
         widths = [dim, *up_dims]
         self.upsample = nn.Sequential()
         for width, narrower in itertools.pairwise(widths):
             self.upsample.append(nn.ConvTranspose2d(width, narrower, 2, 2))
             self.upsample.append(get_norm(norm, narrower))
-        self.token_mlp = nn.Sequential(
-            *(nn.Linear(dim, dim), nn.ReLU()),
-            *(nn.Linear(dim, dim), nn.ReLU()),
-            nn.Linear(dim, widths[-1]),
-        )
+        self.token_mlp = MLP(dim, dim, dim, widths[-1], activation=nn.ReLU)
 
     def forward(
         self, features: MutualFeatures, text_mask: Tensor, grid: tuple[int, int]
@@ -106,20 +82,35 @@ class DecoderBlock(nn.Module):
     """Pixels and tokens attend themselves, then the pixels the tokens."""
 
     def __init__(
-        self,
-        *,
-        attention: Callable[[], "Residual"],
-        ffn: Callable[[], "Residual"] | None,
-        toi_a: bool,
-        elg: bool,
+        self, *, dim: int, num_heads: int, elg: bool, toi_a: bool, layer_norm: bool, ffn_dim: int
     ):
+        """
+        Args:
+            elg: see MutualAwareMaskDecoder.
+            toi_a: the tokens attend the pixels, too (Table 5 #9).
+            layer_norm: after each residual sum. The paper's equations have none.
+            ffn_dim: hidden width of an MLP at the end of the block, for pixels and tokens apart; 0: none,
+                as in the paper's equations.
+        """
         super().__init__()
+
+        def residual(layer: nn.Module) -> Residual:
+            return Residual(layer, nn.LayerNorm(dim) if layer_norm else nn.Identity())
+
+        def attention() -> Residual:
+            return residual(MultiheadAttention(dim=dim, num_heads=num_heads))
+
+        def ffn() -> nn.Module:
+            if not ffn_dim:
+                return nn.Identity()
+            return residual(MLP(dim, ffn_dim, dim, activation=nn.ReLU))
+
         self.pixels_self = attention()  # Eq. 6
         self.tokens_self = attention() if elg else None  # Eq. 8
         self.tokens_from_pixels = attention() if toi_a or not elg else None
-        self.tokens_ffn = ffn() if ffn else None
+        self.tokens_ffn = ffn()
         self.pixels_from_tokens = attention() if elg else None  # Eq. 9
-        self.pixels_ffn = ffn() if ffn else None
+        self.pixels_ffn = ffn()
 
     def forward(self, pixels: Tensor, tokens: Tensor, attn_mask: Tensor) -> tuple[Tensor, Tensor]:
         pixels = self.pixels_self(pixels, pixels)
@@ -127,23 +118,18 @@ class DecoderBlock(nn.Module):
             tokens = self.tokens_self(tokens, tokens, attn_mask)
         if self.tokens_from_pixels is not None:
             tokens = self.tokens_from_pixels(tokens, pixels)
-        if self.tokens_ffn is not None:
-            tokens = self.tokens_ffn(tokens)
+        tokens = self.tokens_ffn(tokens)
         if self.pixels_from_tokens is not None:
             pixels = self.pixels_from_tokens(pixels, tokens, attn_mask)
-        if self.pixels_ffn is not None:
-            pixels = self.pixels_ffn(pixels)
-        return pixels, tokens
+        return self.pixels_ffn(pixels), tokens
 
 
 class Residual(nn.Module):
-    """x + layer(x, ...), with dropout and LayerNorm where asked."""
+    """norm(x + layer(x, ...))"""
 
-    def __init__(self, layer: nn.Module, *, dim: int, dropout: float, layer_norm: bool):
+    def __init__(self, layer: nn.Module, norm: nn.Module):
         super().__init__()
-        self.layer = layer
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(dim) if layer_norm else nn.Identity()
+        self.layer, self.norm = layer, norm
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        return self.norm(x + self.dropout(self.layer(x, *context)))
+        return self.norm(x + self.layer(x, *context))

@@ -89,22 +89,15 @@ class MutualAwareAttention(nn.Module):
         regions, words = self.vision(regions), self.language(words)  # Z_v, Z_l
         scores, keep = self._relevance(regions, words, text_mask)
         weights = _masked_softmax(scores, keep)  # A
-        if self.direction == "vision":
-            return MutualFeatures(self._gather(regions, weights, words), words, weights)
-        region_weights = self._language_guided(scores, keep, weights)
-        gathered = region_weights.to(regions.dtype) @ regions
-        updated = self.language_norm(gathered + words)
+        read, given, region_weights = words, words, None
+        if self.direction != "vision":
+            region_weights = self._language_guided(scores, keep, weights)
+            given = self.language_norm(region_weights.to(regions.dtype) @ regions + words)
         if self.direction == "serial":
-            weights = _masked_softmax(*self._relevance(regions, updated, text_mask))
-            return MutualFeatures(
-                self._gather(regions, weights, updated), words, weights, region_weights
-            )
-        return MutualFeatures(
-            self._gather(regions, weights, words), updated, weights, region_weights
-        )
-
-    def _gather(self, regions: Tensor, weights: Tensor, words: Tensor) -> Tensor:
-        return self.vision_norm(weights.to(words.dtype) @ words + regions)
+            read, given = given, words
+            weights = _masked_softmax(*self._relevance(regions, read, text_mask))
+        regions = self.vision_norm(weights.to(read.dtype) @ read + regions)
+        return MutualFeatures(regions, given, weights, region_weights)
 
     def _relevance(
         self, regions: Tensor, words: Tensor, text_mask: Tensor

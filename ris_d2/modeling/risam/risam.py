@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone
 from torch import Tensor, nn
 
+from ..backbone import build_pyramid_backbone
 from ..layers.position import sine_position_1d
 from ..losses import FocalAndDice
 from ..options import arguments, check_choice
@@ -34,6 +34,7 @@ class RISAM(ReferringSegmenter):
         "clip": ("text",),
         "sam_decoder": "decoder",
     }
+    trims_text = True
 
     @configurable
     def __init__(
@@ -47,7 +48,6 @@ class RISAM(ReferringSegmenter):
         decoder: MutualAwareMaskDecoder | SAMMaskDecoder,
         in_features: Sequence[str],
         stride: int,
-        mask_pad: bool,
         loss: FocalAndDice,
         **segmenter: Any,
     ):
@@ -56,7 +56,6 @@ class RISAM(ReferringSegmenter):
             word_positions: (E, L, C') words -> the same with positions.
             in_features: names of F_v1, F_v2, F_v3 in the backbone's output.
             stride: of the grid that the head works on.
-            mask_pad: no attention reads padded words; else they are words like any other.
             loss: Eq. 10 to 12, with weights omega_f and omega_d.
             segmenter: see ReferringSegmenter.
         """
@@ -70,9 +69,6 @@ class RISAM(ReferringSegmenter):
         self.decoder = decoder
         self.in_features = tuple(in_features)
         self.grid = tuple(math.ceil(n / stride) for n in self.input_size)
-        self.mask_pad = mask_pad
-        # Padded words that something reads must be there, always as many.
-        self.trims_text = mask_pad
         self.loss = loss
 
     @classmethod
@@ -82,51 +78,22 @@ class RISAM(ReferringSegmenter):
         # their expressions.
         on_cpu = risam.NORM == "SyncBN" and cfg.MODEL.DEVICE == "cpu"
         norm = "naiveSyncBN_N" if on_cpu else risam.NORM
-        backbone, text = build_backbone(cfg), build_text_encoder(cfg)
-        outputs = backbone.output_shape()
-        missing = [name for name in risam.IN_FEATURES if name not in outputs]
-        if missing:
-            raise ValueError(
-                f"MODEL.RISAM.IN_FEATURES names {missing}; {cfg.MODEL.BACKBONE.NAME} gives "
-                f"{sorted(outputs)}"
-            )
-        dec = risam.DEC
-        has_words = dec.TYPE == "sam" or dec.ELG
-        if risam.FUSION == "none" and not has_words:
-            raise ValueError(
-                "MODEL.RISAM.FUSION none with DEC.ELG False: the sentence reaches nothing"
-            )
-        if risam.FUSION == "conv" and not risam.MASK_PAD:
-            raise ValueError(
-                "MODEL.RISAM.FUSION conv with MASK_PAD False: it tells the end token, which stands for "
-                "the sentence, by the padding behind it"
-            )
+        backbone = build_pyramid_backbone(cfg, risam.IN_FEATURES)
+        text, outputs = build_text_encoder(cfg), backbone.output_shape()
         return {
             **super().from_config(cfg),
             "sentence_dim": 2 * risam.DIM,
             "backbone": backbone,
             "text": text,
-            "word_positions": _build_word_positions(
-                risam.LANG_POS_ENC, dim=text.dim, length=cfg.INPUT.RIS.MAX_TOKENS
+            "word_positions": WordPositions(
+                dim=text.dim, length=cfg.INPUT.RIS.MAX_TOKENS, kind=risam.LANG_POS_ENC
             ),
             "enhancement": build_feature_enhancement(
-                risam.FE.TYPE,
-                shapes=[outputs[name] for name in risam.IN_FEATURES],
-                dim=risam.DIM,
-                norm=norm,
-                **arguments(risam.FE, "MLP_LAYERS", "NUM_CONVS"),
+                cfg, [outputs[name] for name in risam.IN_FEATURES], norm
             ),
-            "fusion": build_fusion(
-                risam.FUSION,
-                word_dim=text.dim,
-                dim=risam.DIM,
-                num_heads=dec.NUM_HEADS,
-                norm=norm,
-                words_are_read=has_words,
-                **arguments(risam.MA),
-            ),
+            "fusion": build_fusion(cfg, word_dim=text.dim, norm=norm),
             "decoder": build_decoder(cfg, norm),
-            **arguments(risam, "IN_FEATURES", "STRIDE", "MASK_PAD"),
+            **arguments(risam, "IN_FEATURES", "STRIDE"),
             "loss": FocalAndDice(
                 **arguments(risam, "FOCAL_WEIGHT", "FOCAL_GAMMA", "DICE_WEIGHT", "DICE_SMOOTH")
             ),
@@ -139,44 +106,37 @@ class RISAM(ReferringSegmenter):
     def segment(
         self, features: Tensor, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
     ) -> dict[str, Tensor]:
-        fused, seen = self.fuse(features, image_index, input_ids, text_mask)
-        logits, evidence = self.decoder(fused, seen, self.grid)
+        fused = self.fuse(features, image_index, input_ids, text_mask)
+        logits, evidence = self.decoder(fused, text_mask, self.grid)
         outputs = {"mask_logits": logits}
         if evidence is not None:
             outputs["sentence"] = evidence
         return outputs
 
-    def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
-        logits = outputs["mask_logits"]
-        return self.loss(logits, self.shrink_targets(masks, logits.shape[-2:]))
-
     def fuse(
         self, features: Tensor, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
-    ) -> tuple[MutualFeatures, Tensor]:
-        """Fused features of E expressions, and the words (E, L) that attention may read."""
+    ) -> MutualFeatures:
+        """Fused features of E expressions; no attention reads padded words (the paper is silent)."""
         words = self.word_positions(self.text(input_ids, text_mask))
-        seen = text_mask if self.mask_pad else torch.ones_like(text_mask)
         regions = features[image_index].flatten(2).transpose(1, 2)
-        return self.fusion(regions, words, seen, self.grid), seen
+        return self.fusion(regions, words, text_mask, self.grid)
 
 
 class WordPositions(nn.Module):
-    """Add a vector per position: learned, or sine and cosine (Vaswani et al., 2017)."""
+    """Add a vector per position to words: sine and cosine (Vaswani et al., 2017), learned, or none."""
 
-    def __init__(self, *, dim: int, length: int, learned: bool):
+    def __init__(self, *, dim: int, length: int, kind: str):
+        """
+        Raises:
+            ValueError: for an unknown kind.
+        """
         super().__init__()
+        check_choice("MODEL.RISAM.LANG_POS_ENC", kind, ("sine", "learned", "none"))
         table = sine_position_1d(length, dim)
-        if learned:
+        if kind == "learned":
             self.table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
         else:
-            self.register_buffer("table", table, persistent=False)
+            self.register_buffer("table", table if kind == "sine" else None, persistent=False)
 
     def forward(self, words: Tensor) -> Tensor:
-        return words + self.table[: words.shape[1]].to(words.dtype)
-
-
-def _build_word_positions(name: str, *, dim: int, length: int) -> nn.Module:
-    check_choice("MODEL.RISAM.LANG_POS_ENC", name, ("sine", "learned", "none"))
-    if name == "none":
-        return nn.Identity()
-    return WordPositions(dim=dim, length=length, learned=name == "learned")
+        return words if self.table is None else words + self.table[: words.shape[1]].to(words.dtype)

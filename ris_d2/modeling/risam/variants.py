@@ -8,16 +8,10 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from ..layers import MLP, MultiheadAttention
+from ..layers import MLP, MultiheadAttention, resize_maps
 from ..options import arguments, check_choice
 from .decoder import MutualAwareMaskDecoder
-from .feature_enhancement import (
-    FeatureEnhancement,
-    channels_first,
-    channels_last,
-    conv_norm_act,
-    resize,
-)
+from .feature_enhancement import FeatureEnhancement, conv_norm_act
 from .mutual_aware_attention import AttentionBlocks, MutualAwareAttention, MutualFeatures
 
 # Names of MODEL.RISAM.FUSION that are attention blocks -> their direction.
@@ -25,29 +19,29 @@ _DIRECTIONS = {"ma": "mutual", "sdf": "vision", "bcm": "serial"}
 
 
 def build_feature_enhancement(
-    name: str,
-    *,
-    shapes: Sequence[ShapeSpec],
-    dim: int,
-    mlp_layers: int,
-    num_convs: int,
-    norm: str,
-) -> nn.Module:
+    cfg: CfgNode, shapes: Sequence[ShapeSpec], norm: str
+) -> "FeatureEnhancement | LastFeature | SimpleFeaturePyramid":
     """Build MODEL.RISAM.FE.TYPE: (feature maps, grid) -> F_v (B, dim, h, w).
+
+    Args:
+        shapes: of MODEL.RISAM.IN_FEATURES.
+        norm: BN, SyncBN, GN, ...
 
     Raises:
         ValueError: an unknown name, or not three maps for "fusion".
     """
+    name, dim = cfg.MODEL.RISAM.FE.TYPE, cfg.MODEL.RISAM.DIM
     check_choice("MODEL.RISAM.FE.TYPE", name, ("fusion", "linear", "identity", "vitdet"))
     channels = [shape.channels for shape in shapes]
     if name in ("linear", "identity"):
-        return LastFeature(channels=channels, dim=dim, projected=name == "linear")
-    if name == "fusion" and len(channels) != 3:
+        return LastFeature(in_dim=channels[-1], dim=dim, projected=name == "linear")
+    if name == "vitdet":
+        return SimpleFeaturePyramid(in_dim=channels[-1], dim=dim, norm=norm)
+    if len(channels) != 3:
         raise ValueError(
             f"Feature Enhancement fuses three maps; MODEL.RISAM.IN_FEATURES has {len(channels)}"
         )
-    kind = FeatureEnhancement if name == "fusion" else SimpleFeaturePyramid
-    return kind(channels=channels, dim=dim, mlp_layers=mlp_layers, num_convs=num_convs, norm=norm)
+    return FeatureEnhancement(channels=channels, dim=dim, norm=norm)
 
 
 class LastFeature(nn.Module):
@@ -56,21 +50,21 @@ class LastFeature(nn.Module):
     The latter suits SAM's neck (Table 11), whose output the mask decoder of SAM reads.
     """
 
-    def __init__(self, *, channels: Sequence[int], dim: int, projected: bool):
+    def __init__(self, *, in_dim: int, dim: int, projected: bool):
         """
         Raises:
             ValueError: not projected, and of other than ``dim`` channels.
         """
         super().__init__()
-        if not projected and channels[-1] != dim:
+        if not projected and in_dim != dim:
             raise ValueError(
                 f"MODEL.RISAM.FE.TYPE identity takes features of MODEL.RISAM.DIM = {dim} channels; "
-                f"the last of MODEL.RISAM.IN_FEATURES has {channels[-1]}"
+                f"the last of MODEL.RISAM.IN_FEATURES has {in_dim}"
             )
-        self.projection = nn.Linear(channels[-1], dim) if projected else nn.Identity()
+        self.projection = nn.Linear(in_dim, dim) if projected else nn.Identity()
 
     def forward(self, features: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-        return channels_first(self.projection(channels_last(resize(features[-1], grid))))
+        return self.projection(resize_maps(features[-1], grid).movedim(1, -1)).movedim(-1, 1)
 
 
 class SimpleFeaturePyramid(nn.Module):
@@ -79,27 +73,17 @@ class SimpleFeaturePyramid(nn.Module):
     Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022.
     """
 
-    def __init__(
-        self, *, channels: Sequence[int], dim: int, mlp_layers: int, num_convs: int, norm: str
-    ):
+    def __init__(self, *, in_dim: int, dim: int, norm: str):
         super().__init__()
-        last = channels[-1]
+        half = in_dim // 2
         self.levels = nn.ModuleList(
             [
-                nn.Sequential(
-                    nn.ConvTranspose2d(last, last // 2, 2, 2), *_pyramid_head(last // 2, dim)
-                ),
-                nn.Sequential(*_pyramid_head(last, dim)),
-                nn.Sequential(nn.MaxPool2d(2, 2), *_pyramid_head(last, dim)),
+                nn.Sequential(nn.ConvTranspose2d(in_dim, half, 2, 2), *_pyramid_head(half, dim)),
+                nn.Sequential(*_pyramid_head(in_dim, dim)),
+                nn.Sequential(nn.MaxPool2d(2, 2), *_pyramid_head(in_dim, dim)),
             ]
         )
-        self.enhancement = FeatureEnhancement(
-            channels=(dim, dim, dim),
-            dim=dim,
-            mlp_layers=mlp_layers,
-            num_convs=num_convs,
-            norm=norm,
-        )
+        self.enhancement = FeatureEnhancement(channels=(dim, dim, dim), dim=dim, norm=norm)
 
     def forward(self, features: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
         return self.enhancement([level(features[-1]) for level in self.levels], grid)
@@ -116,50 +100,37 @@ def _pyramid_head(in_channels: int, dim: int) -> list[nn.Module]:
     ]
 
 
-def build_fusion(
-    name: str,
-    *,
-    word_dim: int,
-    dim: int,
-    num_blocks: int,
-    num_heads: int,
-    tau: float,
-    use_mask: bool,
-    lga_norm: str,
-    norm: str,
-    words_are_read: bool,
-) -> nn.Module:
+def build_fusion(cfg: CfgNode, *, word_dim: int, norm: str) -> "AttentionBlocks | ProjectedWords":
     """Build MODEL.RISAM.FUSION: (regions, words, text_mask, grid) -> MutualFeatures.
 
-    Args:
-        words_are_read: whether the mask decoder reads F_val; the last block then does not make it.
-
     Raises:
-        ValueError: for an unknown name, or less than one block.
+        ValueError: for an unknown name, less than one block, or a sentence that reaches nothing.
     """
-    if num_blocks < 1:
-        raise ValueError(f"MODEL.RISAM.MA.NUM_BLOCKS is {num_blocks}, it must be at least 1")
+    risam, ma, dec = cfg.MODEL.RISAM, cfg.MODEL.RISAM.MA, cfg.MODEL.RISAM.DEC
+    name, dim = risam.FUSION, risam.DIM
+    words_are_read = dec.TYPE == "sam" or dec.ELG  # F_val, by the mask decoder
     check_choice("MODEL.RISAM.FUSION", name, (*_DIRECTIONS, "te", "conv", "none"))
+    if ma.NUM_BLOCKS < 1:
+        raise ValueError(f"MODEL.RISAM.MA.NUM_BLOCKS is {ma.NUM_BLOCKS}, it must be at least 1")
+    if name == "none" and not words_are_read:
+        raise ValueError("MODEL.RISAM.FUSION none with DEC.ELG False: the sentence reaches nothing")
     if name in _DIRECTIONS:
-        directions = [_DIRECTIONS[name]] * num_blocks
-        if name == "ma" and not words_are_read:
+        directions = [_DIRECTIONS[name]] * ma.NUM_BLOCKS
+        if name == "ma" and not words_are_read:  # the last block need not make them
             directions[-1] = "vision"
         blocks = [
             MutualAwareAttention(
                 word_dim=dim if i else word_dim,
                 dim=dim,
-                tau=tau,
-                use_mask=use_mask,
-                lga_norm=lga_norm,
                 direction=direction,
+                **arguments(ma, "TAU", "USE_MASK", "LGA_NORM"),
             )
             for i, direction in enumerate(directions)
         ]
         return AttentionBlocks(blocks=blocks)
     if name == "te":
-        return TransformerEncoder(
-            word_dim=word_dim, dim=dim, num_layers=num_blocks, num_heads=num_heads
-        )
+        layers = {"num_layers": ma.NUM_BLOCKS, "num_heads": dec.NUM_HEADS}
+        return TransformerEncoder(word_dim=word_dim, dim=dim, **layers)
     if name == "conv":
         return ConvFusion(word_dim=word_dim, dim=dim, norm=norm)
     return ProjectedWords(word_dim=word_dim, dim=dim)
@@ -187,9 +158,7 @@ class ConvFusion(ProjectedWords):
 
     def __init__(self, *, word_dim: int, dim: int, norm: str):
         super().__init__(word_dim=word_dim, dim=dim)
-        self.convs = nn.Sequential(
-            conv_norm_act(2 * dim, dim, 1, norm), conv_norm_act(dim, dim, 1, norm)
-        )
+        self.convs = nn.Sequential(conv_norm_act(2 * dim, dim, norm), conv_norm_act(dim, dim, norm))
 
     def forward(
         self, regions: Tensor, words: Tensor, text_mask: Tensor, grid: tuple[int, int]
@@ -232,7 +201,7 @@ class _EncoderLayer(nn.Module):
         self.attention_norm = nn.LayerNorm(dim)
         self.attention = MultiheadAttention(dim=dim, num_heads=num_heads)
         self.mlp_norm = nn.LayerNorm(dim)
-        self.mlp = MLP(dim=dim, hidden_dim=4 * dim, out_dim=dim)
+        self.mlp = MLP(dim, 4 * dim, dim)
 
     def forward(self, tokens: Tensor, attn_mask: Tensor) -> Tensor:
         normed = self.attention_norm(tokens)
@@ -314,7 +283,7 @@ def build_decoder(cfg: CfgNode, norm: str) -> MutualAwareMaskDecoder | SAMMaskDe
                 "there is none or area"
             )
         return SAMMaskDecoder(dim=risam.DIM, num_heads=dec.NUM_HEADS)
-    own = ("NUM_HEADS", "NUM_BLOCKS", "OUT_PROJ", "FFN_DIM", "DROPOUT", "TOI_A", "ELG", "UP_DIMS")
+    own = ("NUM_HEADS", "NUM_BLOCKS", "FFN_DIM", "TOI_A", "ELG", "UP_DIMS")
     return MutualAwareMaskDecoder(
         dim=risam.DIM, layer_norm=dec.NORM == "LN", norm=norm, **arguments(dec, *own)
     )

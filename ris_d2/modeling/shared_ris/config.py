@@ -22,6 +22,3 @@ def add_shared_ris_config(cfg: CN) -> None:
     cfg.MODEL.SHARED_RIS.NORM = "BN"  # of the mask head: BN | SyncBN | nnSyncBN | GN | ...
     cfg.MODEL.SHARED_RIS.BCE_WEIGHT = 2.0
     cfg.MODEL.SHARED_RIS.DICE_WEIGHT = 0.5
-    # Where the loss is taken: mask (the prediction's 1/4 size, ground truth nearest-resized) |
-    # input.
-    cfg.MODEL.SHARED_RIS.LOSS_RESOLUTION = "mask"

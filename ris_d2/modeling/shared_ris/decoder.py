@@ -1,5 +1,7 @@
 """The Shared Mask Decoder of Shared-RIS (Eq. 8 to 11)."""
 
+from typing import Any
+
 from detectron2.layers import get_norm
 from torch import Tensor, nn
 
@@ -13,31 +15,23 @@ class SharedMaskDecoder(nn.Module):
     """Transformer layers over both modalities, then the mask as pixels times sentence."""
 
     def __init__(
-        self,
-        *,
-        dim: int,
-        num_heads: int,
-        num_layers: int,
-        fusion: str,
-        grid: tuple[int, int],
-        norm: str,
+        self, *, dim: int, num_layers: int, grid: tuple[int, int], norm: str, **layer: Any
     ):
         """
         Args:
             dim: d_w.
+            layer: see SharedLayer.
             num_layers: 0 leaves the mask head alone (Table III, "no decoder").
             grid: (H/p, W/p) of the visual tokens.
             norm: BN, SyncBN, GN, ... of the head's convolutions.
         """
         super().__init__()
         self.grid = tuple(grid)  # a LazyConfig gives a list of its own kind
-        self.layers = nn.ModuleList(
-            SharedLayer(dim=dim, num_heads=num_heads, fusion=fusion) for _ in range(num_layers)
-        )
+        self.layers = nn.ModuleList(SharedLayer(dim=dim, **layer) for _ in range(num_layers))
         self.pixels = nn.Sequential(
             *_upsample(dim, norm), *_upsample(dim, norm), nn.Conv2d(dim, dim, 1)
         )
-        self.sentence = MLP(dim=dim, hidden_dim=dim, out_dim=dim, activation=nn.ReLU)
+        self.sentence = MLP(dim, dim, dim, activation=nn.ReLU)
 
     def forward(self, streams: Streams, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Vision (E, 1+n, dim), text (E, T, dim) -> mask logits (E, 4H/p, 4W/p), t_cls (E, dim)."""

@@ -27,7 +27,7 @@ class ResidualMLP(nn.Module):
     def __init__(self, *, dim: int, mlp_ratio: int = 4):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.mlp = MLP(dim=dim, hidden_dim=mlp_ratio * dim, out_dim=dim)
+        self.mlp = MLP(dim, mlp_ratio * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.norm(x))

@@ -7,8 +7,8 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from ..backbone import RISBEiT3, backbone_class
-from ..layers import init_xavier, resize_maps
-from ..losses import mask_bce, mask_dice
+from ..layers import init_xavier
+from ..losses import FocalAndDice
 from ..options import arguments, check_choice
 from ..segmenter import ReferringSegmenter
 from .decoder import SharedMaskDecoder
@@ -33,16 +33,12 @@ class SharedRIS(ReferringSegmenter):
         encoder: RISBEiT3,
         fpn: SharedFPN | LastLayer | CRISFPN | PixelWordFPN,
         decoder: SharedMaskDecoder,
-        bce_weight: float,
-        dice_weight: float,
-        loss_at_input_size: bool,
+        loss: FocalAndDice,
         **segmenter: Any,
     ):
         """
         Args:
-            bce_weight, dice_weight: lambda_bce and lambda_dice of Eq. 12.
-            loss_at_input_size: upsample logits to the input for the loss, instead of shrinking the
-                ground truth to the prediction.
+            loss: Eq. 12, with weights lambda_bce and lambda_dice.
             segmenter: see ReferringSegmenter.
         """
         super().__init__(**segmenter)
@@ -50,9 +46,7 @@ class SharedRIS(ReferringSegmenter):
         self.vocab_size = encoder.vocab_size
         self.fpn = fpn
         self.decoder = decoder
-        self.bce_weight = bce_weight
-        self.dice_weight = dice_weight
-        self.loss_at_input_size = loss_at_input_size
+        self.loss = loss
         for part in (fpn, decoder):  # the paper is silent
             part.apply(init_xavier)
 
@@ -63,8 +57,6 @@ class SharedRIS(ReferringSegmenter):
         # LayerNorm is not used.
         build = backbone_class(cfg, RISBEiT3)
         encoder = build(**build.from_config(cfg), final_norm=False)
-        known = ("mask", "input")
-        check_choice("MODEL.SHARED_RIS.LOSS_RESOLUTION", shared.LOSS_RESOLUTION, known)
         return {
             **super().from_config(cfg),
             "sentence_dim": shared.DIM,
@@ -76,8 +68,11 @@ class SharedRIS(ReferringSegmenter):
                 grid=encoder.grid,
                 **arguments(shared, "DIM", "NUM_HEADS", "NORM"),
             ),
-            **arguments(shared, "BCE_WEIGHT", "DICE_WEIGHT"),
-            "loss_at_input_size": shared.LOSS_RESOLUTION == "input",
+            "loss": FocalAndDice(
+                focal_name="loss_bce",
+                focal_weight=shared.BCE_WEIGHT,
+                dice_weight=shared.DICE_WEIGHT,
+            ),
         }
 
     def encode_images(self, images: Tensor, views: dict[str, Tensor]) -> Tensor:
@@ -91,23 +86,14 @@ class SharedRIS(ReferringSegmenter):
         logits, sentence = self.decoder(self.fpn(states, text_mask), text_mask)
         return {"mask_logits": logits, "sentence": sentence}
 
-    def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
-        logits = outputs["mask_logits"]
-        if self.loss_at_input_size:
-            logits = resize_maps(logits, masks.shape[-2:])
-        else:
-            masks = self.shrink_targets(masks, logits.shape[-2:])
-        return {
-            "loss_bce": self.bce_weight * mask_bce(logits, masks),
-            "loss_dice": self.dice_weight * mask_dice(logits, masks),
-        }
-
 
 def _build_fpn(shared: CfgNode, encoder: RISBEiT3) -> nn.Module:
     """(states, text_mask) -> streams of width DIM, of the encoder's layers in its ``stages``."""
     dims = {"in_dim": encoder.embed_dim, "dim": shared.DIM}
+    apart = arguments(shared, "PROJ_PER_MODALITY")
     if not shared.STAGES:
-        return LastLayer(**dims, depth=encoder.depth, proj_per_modality=shared.PROJ_PER_MODALITY)
+        return LastLayer(**dims, **apart, stages=(encoder.depth,))
+    dims["stages"] = shared.STAGES
     if shared.STAGES[-1] != encoder.depth or list(shared.STAGES) != sorted(set(shared.STAGES)):
         raise ValueError(
             f"MODEL.SHARED_RIS.STAGES is {shared.STAGES}; it must increase and end with the "
@@ -115,13 +101,7 @@ def _build_fpn(shared: CfgNode, encoder: RISBEiT3) -> nn.Module:
         )
     check_choice("MODEL.SHARED_RIS.FPN", shared.FPN, ("shared", "cris", "pwam"))
     if shared.FPN == "shared":
-        return SharedFPN(
-            **dims,
-            stages=shared.STAGES,
-            num_heads=shared.NUM_HEADS,
-            fusion=shared.FPN_FUSION,
-            proj_per_modality=shared.PROJ_PER_MODALITY,
-        )
+        return SharedFPN(**dims, **apart, num_heads=shared.NUM_HEADS, fusion=shared.FPN_FUSION)
     if shared.FPN == "cris":
-        return CRISFPN(**dims, stages=shared.STAGES, grid=encoder.grid, norm=shared.NORM)
-    return PixelWordFPN(**dims, stages=shared.STAGES)
+        return CRISFPN(**dims, grid=encoder.grid, norm=shared.NORM)
+    return PixelWordFPN(**dims)

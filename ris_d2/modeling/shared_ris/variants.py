@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d, get_norm
 from torch import Tensor, nn
 
-from ..layers import MultiheadAttention, instance_norm
+from ..layers import MultiheadAttention, VisionFromWords
 from ..layers.multiway import ModalityPair, Streams
 from ..options import check_choice
 from .fusion import ResidualMLP, SharedSelfAttention
@@ -74,9 +74,9 @@ def build_fusion(name: str, *, dim: int, num_heads: int) -> nn.Module:
 class LastLayer(nn.Module):
     """Without FPN (Table III, VII a): the last encoder layer, projected to d_w."""
 
-    def __init__(self, *, depth: int, in_dim: int, dim: int, proj_per_modality: bool):
+    def __init__(self, *, stages: tuple[int], in_dim: int, dim: int, proj_per_modality: bool):
         super().__init__()
-        self.stages = (depth,)
+        self.stages = stages
         self.projection = ModalityPair(lambda: nn.Linear(in_dim, dim), shared=not proj_per_modality)
 
     def forward(self, states: Mapping[int, Streams], text_mask: Tensor) -> Streams:
@@ -196,29 +196,16 @@ class PixelWordFPN(nn.Module):
         return self.merge(torch.cat(vision, -1)), self.merge(torch.cat(text, -1))
 
 
-class PixelWordAttention(nn.Module):
-    """PWAM (LAVT): what each pixel reads in the words, times the pixel.
-
-    LAVT's biases in front of instance norms are left out: the norms would take them away.
-    """
+class PixelWordAttention(VisionFromWords):
+    """PWAM (LAVT): what each pixel reads in the words, times the pixel; one head."""
 
     def __init__(self, *, dim: int):
-        super().__init__()
-        self.query = nn.Linear(dim, dim, bias=False)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim, bias=False)
+        super().__init__(vision_dim=dim, text_dim=dim, dim=dim)
         self.pixel = nn.Linear(dim, dim)
         self.product = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)  # LAVT's of each level that its decoder reads
 
     def forward(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """Vision (B, k, dim), text (B, T, dim), bool (B, T) -> (B, k, dim); one head."""
-        attended = F.scaled_dot_product_attention(
-            instance_norm(self.query(vision))[:, None],
-            self.key(text)[:, None],
-            self.value(text)[:, None],
-            text_mask[:, None, None, :],
-        )
-        words = instance_norm(self.out(attended[:, 0]))
+        """Vision (B, k, dim), text (B, T, dim), bool (B, T) -> (B, k, dim)"""
+        words = self.read(vision, text, text_mask)
         return self.norm(F.gelu(self.product(F.gelu(self.pixel(vision)) * words)))

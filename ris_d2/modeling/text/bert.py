@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
 from ..layers import init_xavier
+from ..layers.attention import attend_by_heads
 from ..options import arguments, check_choice
 from .registry import TEXT_ENCODER_REGISTRY
 
@@ -136,12 +136,9 @@ class _CrossAttention(nn.Module):
         self.context_value = nn.Linear(context_dim, dim)
 
     def forward(self, hidden: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (
-            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for x in (self.query(hidden), self.context_key(context), self.context_value(context))
-        )
+        keys, values = self.context_key(context), self.context_value(context)
         dropout = self.dropout if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2)
+        return attend_by_heads(self.query(hidden), keys, values, self.num_heads, dropout=dropout)
 
 
 def _bert_config(*, dim: int, num_heads: int, dropout: float, vocab_size: int = 1):

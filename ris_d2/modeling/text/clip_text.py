@@ -5,6 +5,7 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
+from ..layers import init_xavier
 from ..options import arguments, check_choice
 from .registry import TEXT_ENCODER_REGISTRY
 
@@ -112,8 +113,6 @@ class RISCLIPText(nn.Module):
 
 def _init_scratch(module: nn.Module) -> None:
     """Xavier; with CLIP's 0.02 the words would be small against what the first layer adds to them."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
+    init_xavier(module)
+    if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.5)

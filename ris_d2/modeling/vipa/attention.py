@@ -35,7 +35,7 @@ class AttentionBlock(nn.Module):
             context_dim=context_dim or dim,
         )
         self.mlp_norm = nn.LayerNorm(dim)
-        self.mlp = MLP(dim=dim, hidden_dim=mlp_ratio * dim, out_dim=dim)
+        self.mlp = MLP(dim, mlp_ratio * dim, dim)
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, attn_mask: Tensor | None = None

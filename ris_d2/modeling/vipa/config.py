@@ -15,8 +15,6 @@ def add_vipa_config(cfg: CN) -> None:
     cfg.MODEL.VIPA.INIT_STAGES_FROM_BERT = True
     # Keys and values of the decoder (Table V): visual (the visual expression) | language.
     cfg.MODEL.VIPA.KEY_VALUES = "visual"
-    # Self-attention layers on language keys and values, to match the generator's size.
-    cfg.MODEL.VIPA.LANGUAGE_LAYERS = 2
     cfg.MODEL.VIPA.DIM = 768  # D, of the expression and of the decoder
     cfg.MODEL.VIPA.NUM_HEADS = 12
     cfg.MODEL.VIPA.GENERATOR = CN()

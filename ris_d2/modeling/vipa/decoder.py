@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from detectron2.layers import get_norm
 from torch import Tensor, nn
 
+from ..layers import resize_maps
 from .attention import AttentionBlock
 
 
@@ -76,8 +76,7 @@ class VIPADecoder(nn.Module):
         x = self._attend(len(maps), self.project(maps[-1]), tokens, attn_mask)
         for stage in range(len(maps) - 1, 0, -1):
             skip = maps[stage - 1]
-            x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=False)
-            x = self.fuse[stage - 1](torch.cat([x, skip], 1))
+            x = self.fuse[stage - 1](torch.cat([resize_maps(x, skip.shape[-2:]), skip], 1))
             x = self._attend(stage, x, tokens, attn_mask)
         return self.head(x).squeeze(1), x
 

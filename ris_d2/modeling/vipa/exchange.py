@@ -3,17 +3,13 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import instance_norm
+from ..layers import VisionFromWords, init_released
 
 HEAD_DIM = 64
 
 
-class VisionReadsLanguage(nn.Module):
-    """Vision tokens attend language tokens (CrossVLT's MHCA): GELU(W (x + IN(attended))).
-
-    Query and result pass an instance norm over the positions of an image, without scale and shift;
-    the layers before it have no bias, which it would remove.
-    """
+class VisionReadsLanguage(VisionFromWords):
+    """Vision tokens attend language tokens (CrossVLT's MHCA): GELU(W (x + IN(attended)))."""
 
     def __init__(self, *, vision_dim: int, text_dim: int, dim: int):
         """
@@ -23,35 +19,25 @@ class VisionReadsLanguage(nn.Module):
         Raises:
             ValueError: unless the heads divide ``dim``.
         """
-        super().__init__()
-        self.num_heads = max(1, dim // HEAD_DIM)
-        if dim % self.num_heads:
+        num_heads = max(1, dim // HEAD_DIM)
+        if dim % num_heads:
             raise ValueError(
-                f"early fusion cannot share {dim} channels among {self.num_heads} heads: let "
+                f"early fusion cannot share {dim} channels among {num_heads} heads: let "
                 f"MODEL.RIS.SWIN.EMBED_DIM be a multiple of {HEAD_DIM // 2}"
             )
-        self.query = nn.Linear(vision_dim, dim, bias=False)
-        self.key = nn.Linear(text_dim, dim)
-        self.value = nn.Linear(text_dim, dim)
-        self.out = nn.Linear(dim, vision_dim, bias=False)
+        super().__init__(vision_dim=vision_dim, text_dim=text_dim, dim=dim, num_heads=num_heads)
         self.mix = nn.Linear(vision_dim, vision_dim)
         # As CrossVLT starts: what it writes as 1x1 convolutions (v_q, w_v, project_mm) by
         # Kaiming, all other linear layers, gates included, by BERT's and Swin's 0.02.
         for layer in (self.query, self.out, self.mix):
             nn.init.kaiming_normal_(layer.weight)
         for layer in (self.key, self.value):
-            _init_linear(layer)
+            init_released(layer)
         nn.init.zeros_(self.mix.bias)
 
     def forward(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
         """(E, N, vision_dim), (E, L, text_dim), bool (E, L) -> the fused residual (E, N, vision_dim)."""
-        q, k, v = (
-            x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for x in (instance_norm(self.query(vision)), self.key(text), self.value(text))
-        )
-        attended = F.scaled_dot_product_attention(q, k, v, text_mask[:, None, None, :])
-        attended = attended.transpose(1, 2).flatten(2)
-        return F.gelu(self.mix(vision + instance_norm(self.out(attended))))
+        return F.gelu(self.mix(vision + self.read(vision, text, text_mask)))
 
 
 class Gate(nn.Module):
@@ -67,7 +53,7 @@ class Gate(nn.Module):
             nn.Linear(dim, dim, bias=False),
             nn.Tanh(),
         )
-        self.layers.apply(_init_linear)
+        self.layers.apply(init_released)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return x + self.layers(residual) * residual
@@ -93,10 +79,3 @@ class StageFusion(nn.Module):
             self.gate = Gate(dim=vision_dim)
             self.read_down = VisionReadsLanguage(vision_dim=down, text_dim=text_dim, dim=down)
             self.gate_down = Gate(dim=down)
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

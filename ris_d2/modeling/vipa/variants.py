@@ -75,11 +75,8 @@ class BEiT3Encoder(nn.Module):
         super().__init__()
         self.beit3 = beit3
         dim = beit3.embed_dim
-        self.dims, self.text_dim, self.vocab_size = (
-            (dim // 4, dim // 2, dim, dim),
-            dim,
-            beit3.vocab_size,
-        )
+        self.dims, self.text_dim = (dim // 4, dim // 2, dim, dim), dim
+        self.vocab_size = beit3.vocab_size
         self.pyramid = nn.ModuleList(
             [
                 nn.Sequential(
@@ -110,7 +107,7 @@ class BEiT3Encoder(nn.Module):
 class LinguisticExpression(nn.Module):
     """Language as keys and values (Table V), with layers that make up for the generator's size."""
 
-    def __init__(self, *, text_dim: int, dim: int, num_heads: int, num_layers: int):
+    def __init__(self, *, text_dim: int, dim: int, num_heads: int, num_layers: int = 2):
         """
         Args:
             num_layers: self-attention blocks; two have 14.2 M parameters, the generator 16.3 M.
@@ -138,36 +135,18 @@ def build_encoder(cfg: CfgNode) -> EarlyFusion | SeparateEncoders | BEiT3Encoder
         ValueError: for an unknown name.
     """
     name = cfg.MODEL.VIPA.ENCODER
-    builders = {
-        "early": build_early_fusion,
-        "one_way": _build_one_way,
-        "late": _build_late,
-        "none": _build_separate,
-        "beit3": _build_beit3,
-    }
-    check_choice("MODEL.VIPA.ENCODER", name, builders)
-    return builders[name](cfg)
-
-
-def _build_one_way(cfg: CfgNode) -> EarlyFusion:
+    check_choice("MODEL.VIPA.ENCODER", name, ("early", "one_way", "late", "none", "beit3"))
+    if name == "early":
+        return build_early_fusion(cfg)
+    if name == "beit3":
+        beit3 = backbone_class(cfg, RISBEiT3)(cfg)
+        return BEiT3Encoder(beit3=beit3, norm=cfg.MODEL.VIPA.DECODER.NORM)
     swin = backbone_class(cfg, RISSwin)
-    return EarlyFusion(
-        vision=swin(**swin.from_config(cfg), out_features=()),
-        text=RISBert(cfg),
-        language_reads=False,
-    )
-
-
-def _build_late(cfg: CfgNode) -> SeparateEncoders:
-    vision, text = backbone_class(cfg, RISSwin)(cfg), RISBert(cfg)
-    num_heads = cfg.MODEL.VIPA.NUM_HEADS
-    fusion = LateFusion(vision_dim=vision.dims[-1], text_dim=text.dim, num_heads=num_heads)
+    if name == "one_way":
+        vision = swin(**swin.from_config(cfg), out_features=())
+        return EarlyFusion(vision=vision, text=RISBert(cfg), language_reads=False)
+    vision, text, fusion = swin(cfg), RISBert(cfg), None
+    if name == "late":
+        dims = {"vision_dim": vision.dims[-1], "text_dim": text.dim}
+        fusion = LateFusion(**dims, num_heads=cfg.MODEL.VIPA.NUM_HEADS)
     return SeparateEncoders(vision=vision, text=text, fusion=fusion)
-
-
-def _build_separate(cfg: CfgNode) -> SeparateEncoders:
-    return SeparateEncoders(vision=backbone_class(cfg, RISSwin)(cfg), text=RISBert(cfg))
-
-
-def _build_beit3(cfg: CfgNode) -> BEiT3Encoder:
-    return BEiT3Encoder(beit3=backbone_class(cfg, RISBEiT3)(cfg), norm=cfg.MODEL.VIPA.DECODER.NORM)

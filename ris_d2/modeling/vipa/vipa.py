@@ -8,7 +8,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from ..layers import init_xavier, resize_maps
-from ..losses import mask_bce, mask_dice
+from ..losses import FocalAndDice, mask_bce
 from ..options import arguments, check_choice
 from ..segmenter import ReferringSegmenter
 from .decoder import VIPADecoder
@@ -32,8 +32,7 @@ class VIPA(ReferringSegmenter):
         encoder: EarlyFusion | SeparateEncoders | BEiT3Encoder,
         generator: VisualExpressionGenerator | LinguisticExpression,
         decoder: VIPADecoder,
-        bce_weight: float,
-        dice_weight: float,
+        loss: FocalAndDice,
         relevance_loss: str,
         relevance_weight: float,
         learn_relevance_temperature: bool,
@@ -66,8 +65,7 @@ class VIPA(ReferringSegmenter):
         self.vocab_size = encoder.vocab_size
         self.generator = generator
         self.decoder = decoder
-        self.bce_weight = bce_weight
-        self.dice_weight = dice_weight
+        self.loss = loss
         self.relevance_loss = relevance_loss if visual else "none"
         self.relevance_weight = relevance_weight
         self.log_relevance_temperature = None
@@ -83,7 +81,7 @@ class VIPA(ReferringSegmenter):
         common = {"text_dim": encoder.text_dim, "dim": vipa.DIM, "num_heads": vipa.NUM_HEADS}
         check_choice("MODEL.VIPA.KEY_VALUES", vipa.KEY_VALUES, ("visual", "language"))
         if vipa.KEY_VALUES == "language":
-            generator = LinguisticExpression(**common, num_layers=vipa.LANGUAGE_LAYERS)
+            generator = LinguisticExpression(**common)
         else:
             if vipa.ENCODER == "none" and not vipa.GENERATOR.RETRIEVE:
                 raise ValueError(
@@ -102,8 +100,10 @@ class VIPA(ReferringSegmenter):
                 **arguments(vipa, "DIM", "NUM_HEADS"),
                 **arguments(vipa.DECODER),
             ),
-            **arguments(vipa, "BCE_WEIGHT", "DICE_WEIGHT", "RELEVANCE_LOSS", "RELEVANCE_WEIGHT"),
-            **arguments(vipa, "LEARN_RELEVANCE_TEMPERATURE"),
+            "loss": FocalAndDice(
+                focal_name="loss_bce", focal_weight=vipa.BCE_WEIGHT, dice_weight=vipa.DICE_WEIGHT
+            ),
+            **arguments(vipa, "RELEVANCE_LOSS", "RELEVANCE_WEIGHT", "LEARN_RELEVANCE_TEMPERATURE"),
         }
 
     def encode_images(self, images: Tensor, views: dict[str, Tensor]) -> Any:
@@ -132,11 +132,7 @@ class VIPA(ReferringSegmenter):
         return outputs
 
     def mask_losses(self, outputs: dict[str, Tensor], masks: Tensor) -> dict[str, Tensor]:
-        logits = resize_maps(outputs["mask_logits"], masks.shape[-2:])
-        losses = {
-            "loss_bce": self.bce_weight * mask_bce(logits, masks),
-            "loss_dice": self.dice_weight * mask_dice(logits, masks),
-        }
+        losses = self.loss(resize_maps(outputs["mask_logits"], masks.shape[-2:]), masks)
         if self.relevance_loss != "none":
             scores = outputs["relevance"][:, 0]  # s of Eq. 4, the row of [CLS]
             losses["loss_relevance"] = self.relevance_weight * self._relevance_loss(scores, masks)

@@ -60,7 +60,7 @@ TARGETS = [
     torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool),
     torch.tensor([[0, 0, 0], [0, 0, 1]], dtype=torch.bool),
 ]
-NAMES = ["one.jpg", "two.jpg"]
+NAMES = ["one.jpg"] * 3 + ["two.jpg"] * 2
 MATCHED = {0: [0], 1: [1, 2], 4: [3]}  # expression -> halves = the queries that draw them
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ris_d2.modeling.layers import MultiheadAttention
+from ris_d2.modeling.layers import MLP, MultiheadAttention
 
 
 def projections(attention):
@@ -38,8 +38,17 @@ def test_the_start_draws_no_more_random_numbers_than_its_layers():
     assert torch.equal(after, torch.rand(1))
 
 
-def test_it_needs_heads_that_divide_the_channels_and_may_lack_the_output_projection():
+def test_it_needs_heads_that_divide_the_channels():
     with pytest.raises(ValueError, match="dim 10 is not a multiple of num_heads 4"):
         MultiheadAttention(dim=10, num_heads=4)
-    attention = MultiheadAttention(dim=8, num_heads=2, query_dim=6, out_proj=False)
-    assert attention(torch.randn(2, 3, 6), torch.randn(2, 4, 8)).shape == (2, 3, 8)
+    attention = MultiheadAttention(dim=8, num_heads=2, query_dim=6)
+    assert attention(torch.randn(2, 3, 6), torch.randn(2, 4, 8)).shape == (2, 3, 6)
+
+
+@pytest.mark.parametrize("dropout, names", [(None, ["0", "2", "4"]), (0.1, ["0", "3", "6"])])
+def test_mlp_has_activations_and_dropout_between_its_layers(dropout, names):
+    mlp = MLP(4, 8, 8, 3, activation=torch.nn.ReLU, dropout=dropout)
+    assert [name for name, x in mlp.named_children() if isinstance(x, torch.nn.Linear)] == names
+    kinds = [type(x).__name__ for x in mlp]
+    between = ["Linear", "ReLU"] + ["Dropout"] * (dropout is not None)
+    assert kinds == [*between, *between, *(kind for kind in between if kind != "ReLU")]

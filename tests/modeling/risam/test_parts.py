@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from ris_d2 import get_ris_cfg
 from ris_d2.modeling.risam.decoder import MutualAwareMaskDecoder
 from ris_d2.modeling.risam.feature_enhancement import FeatureEnhancement
 from ris_d2.modeling.risam.mutual_aware_attention import MutualFeatures
@@ -14,8 +15,8 @@ MASK = torch.tensor([[True, True, True, True], [True, True, False, False]])
 
 def decoder(**changes):
     torch.manual_seed(0)
-    arguments = dict(dim=16, num_heads=2, num_blocks=2, out_proj=True, layer_norm=False, ffn_dim=0)
-    arguments.update(dropout=0.0, toi_a=False, elg=True, up_dims=(8, 4), norm="BN")
+    arguments = dict(dim=16, num_heads=2, num_blocks=2, layer_norm=False, ffn_dim=0)
+    arguments.update(toi_a=False, elg=True, up_dims=(8, 4), norm="BN")
     return MutualAwareMaskDecoder(**{**arguments, **changes}).eval()
 
 
@@ -28,7 +29,7 @@ def features(seed=0):
 
 def test_feature_enhancement_follows_equations_1_and_2():
     torch.manual_seed(0)
-    module = FeatureEnhancement(channels=(6, 8, 10), dim=4, mlp_layers=2, num_convs=1, norm="BN")
+    module = FeatureEnhancement(channels=(6, 8, 10), dim=4, norm="BN")
     maps = [torch.randn(2, c, 3, 5) for c in (6, 8, 10)]
 
     def mlp(x, layers):
@@ -45,7 +46,7 @@ def test_feature_enhancement_follows_equations_1_and_2():
 
 
 def test_maps_of_other_strides_are_brought_to_the_grid():
-    module = FeatureEnhancement(channels=(6, 8, 10), dim=4, mlp_layers=1, num_convs=2, norm="BN")
+    module = FeatureEnhancement(channels=(6, 8, 10), dim=4, norm="BN")
     maps = [torch.randn(2, 6, 8, 8), torch.randn(2, 8, 4, 4), torch.randn(2, 10, 2, 2)]
     assert module(maps, (4, 4)).shape == (2, 4, 4, 4)
 
@@ -96,11 +97,11 @@ def test_without_elg_the_words_are_not_read():
     assert torch.equal(*logits)
 
 
-def fusion(name, **changes):
+def fusion(name, *changes):
     torch.manual_seed(0)
-    arguments = dict(word_dim=12, dim=16, num_blocks=2, num_heads=2, tau=0.35, use_mask=True)
-    arguments.update(lga_norm="sum", norm="BN", words_are_read=True)
-    return build_fusion(name, **{**arguments, **changes}).eval()
+    cfg = get_ris_cfg()
+    cfg.MODEL.RISAM.merge_from_list(["FUSION", name, "DIM", 16, "DEC.NUM_HEADS", 2, *changes])
+    return build_fusion(cfg, word_dim=12, norm="BN").eval()
 
 
 @pytest.mark.parametrize("name", ["ma", "sdf", "bcm", "te", "conv", "none"])
@@ -125,7 +126,7 @@ def test_fusions_let_words_reach_regions_and_mask_pads(name):
 
 
 def test_last_block_makes_no_words_that_nothing_reads():
-    blocks = fusion("ma", words_are_read=False).blocks
+    blocks = fusion("ma", "DEC.ELG", False).blocks
     assert [b.language_norm is None for b in blocks] == [False, True]
 
 
@@ -133,7 +134,7 @@ def test_wrong_names_and_numbers():
     with pytest.raises(ValueError, match="FUSION is 'sum', not one of"):
         fusion("sum")
     with pytest.raises(ValueError, match="MA.NUM_BLOCKS is 0"):
-        fusion("ma", num_blocks=0)
+        fusion("ma", "MA.NUM_BLOCKS", 0)
     with pytest.raises(ValueError, match="DEC.NUM_BLOCKS is 0"):
         decoder(num_blocks=0)
 

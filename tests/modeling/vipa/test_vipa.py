@@ -16,7 +16,7 @@ VARIANTS = [
     ["ENCODER", "one_way", "KEY_VALUES", "language"],
     ["KEY_VALUES", "language"],
     ["ENCODER", "late"],
-    ["ENCODER", "none", "KEY_VALUES", "language", "LANGUAGE_LAYERS", 1],
+    ["ENCODER", "none", "KEY_VALUES", "language"],
     ["ENCODER", "beit3"],
     ["GENERATOR.RETRIEVE", False],
     ["GENERATOR.REFINE", False],
