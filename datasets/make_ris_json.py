@@ -4,8 +4,8 @@
         --sentences sentences.csv --output kitchen
     python datasets/make_ris_json.py --labelme images --sentences sentences.csv --output kitchen
 
-writes kitchen/train.json and kitchen/val.json, which DATASETS.RIS_JSON names; every image is opened and
-every mask drawn. docs/own_data.md leads from there to a model of your own. The sentences are a
+writes kitchen/train.json and kitchen/val.json, which DATASETS.RIS_JSON names; every image is opened
+and every mask drawn. docs/own_data.md leads from there to a model of your own. The sentences are a
 .csv file with a first line "image,text,targets", or a .json list of objects with these fields:
 
     image    its file name, as in the annotations
@@ -14,7 +14,8 @@ every mask drawn. docs/own_data.md leads from there to a model of your own. The 
              all of that category or label in the image; name#2, for the second of them in the file.
              Nothing: the sentence fits nothing in the image.
 
-LabelMe's shapes of one label and group_id are one thing; they are polygons, rectangles, circles or masks.
+LabelMe's shapes of one label and group_id are one thing; they are polygons, rectangles, circles or
+masks.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Say which dataset files are there, which are missing, and whether the counts are the published.
 
 Exit status 1 where a file is broken or a count differs from the published one; a dataset or image
-that is not there is reported, and no error. Published are the numbers of what a file holds, so these
-are compared; what of it cannot be used is said in the next line.
+that is not there is reported, and no error. Published are the numbers of what a file holds, so
+these are compared; what of it cannot be used is said in the next line.
 """
 
 import argparse

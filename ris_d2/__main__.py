@@ -3,8 +3,9 @@
     ris_d2
     ris_d2 street.jpg "the left man" "the red cars" --model deris_l_grefcoco --output out
 
-(python -m ris_d2 is the same.) Without arguments it asks the small model that comes with ris_d2, which
-knows RefShapes alone, about its own scene. It writes into the output directory, for sentences 0, 1, ...:
+(python -m ris_d2 is the same.) Without arguments it asks the small model that comes with ris_d2,
+which knows RefShapes alone, about its own scene. It writes into the output directory, for sentences
+0, 1, ...:
 
     0_overlay.png   the image with the mask painted on it (unchanged where the answer is "nothing")
     0_mask.png      0 and 255 at the image's size
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--model",
         # Not by its name: there may be a folder of that name here.
         default=example.FOLDER,
-        help="a model folder, a name of docs/weights.md, or organisation/repository on the Hugging Face hub",
+        help="a model folder, a name of docs/weights.md, or organisation/repository on the hub",
     )
     parser.add_argument(
         "--output",
@@ -73,8 +74,8 @@ def answer_images(
 ) -> None:
     """Ask all sentences about each image, write the files, print a table.
 
-    Of several images, each has a directory of its own in ``output``, named as its file. ``model`` is how
-    results.json calls the model.
+    Of several images, each has a directory of its own in ``output``, named as its file. ``model``
+    is how results.json calls the model.
     """
     rows, seconds = [], 0.0
     for path in paths:

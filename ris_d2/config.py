@@ -20,7 +20,7 @@ from .modeling.risam.config import add_risam_config
 from .modeling.shared_ris.config import add_shared_ris_config
 from .modeling.text.config import add_text_config
 from .modeling.vipa.config import add_vipa_config
-from .paper_tables import is_paper_row, read_paper_row
+from .paper_tables import is_paper_row, nested, read_paper_row
 from .yaml_files import read_config_files
 
 # Former keys of configs that users have written -> what to suggest.
@@ -40,7 +40,7 @@ _GONE = (
 
 
 def get_ris_cfg() -> CN:
-    """Return detectron2's defaults plus every ris_d2 key; MODEL.DEVICE is "cpu" where CUDA is absent."""
+    """detectron2's defaults and every ris_d2 key; MODEL.DEVICE is "cpu" where CUDA is absent."""
     import torch
 
     cfg = get_cfg()
@@ -55,8 +55,8 @@ def load_config(
 ) -> CN:
     """Defaults, then the yaml file (each ``_BASE_`` before it), then KEY VALUE options.
 
-    ``configs/papers/vipa.yaml:t7_none_le`` is a row of a paper's table: the table's recipe, then the
-    changes of the row.
+    ``configs/papers/vipa.yaml:t7_none_le`` is a row of a paper's table: the table's recipe, then
+    the changes of the row.
 
     Only plain values are read and nothing in a file runs; detectron2's ``cfg.merge_from_file``
     promises neither. The datasets of DATASETS.RIS_JSON are registered.
@@ -84,10 +84,7 @@ def load_config(
     if len(options) % 2:
         raise ValueError(f"command line: {options[-1]!r} has no value (or no key: KEY VALUE ...)")
     for key, value in zip(options[::2], options[1::2]):
-        nested = value
-        for name in reversed(key.split(".")):
-            nested = {name: nested}
-        _merge(cfg, "command line", nested)
+        _merge(cfg, "command line", nested({key: value}))
     register_from_config(cfg)
     return cfg
 
@@ -166,8 +163,8 @@ def _add_data_keys(cfg: CN) -> None:
     # Mixed training sets drop every image that a val/test split of any member uses. False
     # reproduces sets that were published without dropping.
     cfg.DATASETS.DROP_EVAL_IMAGES = True
-    # Your own datasets, [[name, json file, image folder], ...], in the form of datasets/README.md; the
-    # names then serve in TRAIN and TEST. Paths are relative to the working directory or to
+    # Your own datasets, [[name, json file, image folder], ...], in the form of datasets/README.md;
+    # the names then serve in TRAIN and TEST. Paths are relative to the working directory or to
     # $DETECTRON2_DATASETS.
     cfg.DATASETS.RIS_JSON = []
 
@@ -185,8 +182,8 @@ def _add_data_keys(cfg: CN) -> None:
     cfg.INPUT.RIS.GEOMETRY = "squash"
     # bilinear | bicubic | area (shrinking only; else bilinear)
     cfg.INPUT.RIS.INTERPOLATION = "bilinear"
-    # Pixel of the original mask that a pixel of the resized training mask takes: center (aligned with
-    # the image) | corner (the upper left, cv2's nearest: the public code of DeRIS and ASDA).
+    # Pixel of the original mask that a pixel of the resized training mask takes: center (aligned
+    # with the image) | corner (the upper left, cv2's nearest: the public code of DeRIS and ASDA).
     cfg.INPUT.RIS.MASK_SAMPLE = "center"
     cfg.INPUT.RIS.LETTERBOX_COLOR = (123.7, 116.3, 103.5)  # RGB
     # Further resizings of the same original image, [[name, height, width], ...].
@@ -232,13 +229,14 @@ def _add_model_keys(cfg: CN) -> None:
     cfg.MODEL.SAVE_FROZEN = True
 
     cfg.MODEL.RIS = CN()
-    # fp32 | bf16 | fp16 (GPU only): autocast around the whole forward. auto: bf16 where the hardware
-    # multiplies it faster (CUDA 8.0 and later; CPUs with AMX or AVX512-BF16) and the model has 10 M
-    # parameters or more, else fp32; Predictor's choice, whatever a recipe trains with.
+    # fp32 | bf16 | fp16 (GPU only): autocast around the whole forward. auto: bf16 where the
+    # hardware multiplies it faster (CUDA 8.0 and later; CPUs with AMX or AVX512-BF16) and the model
+    # has 10 M parameters or more, else fp32; Predictor's choice, whatever a recipe trains with.
     # SOLVER.AMP.ENABLED makes fp32 fp16.
     cfg.MODEL.RIS.PRECISION = "fp32"
     # Compile what is computed per image and per sentence (torch.compile; needs a C++ compiler): the
-    # first calls take minutes, those after them less time. One more compilation for a single sentence.
+    # first calls take minutes, those after them less time. One more compilation for a single
+    # sentence.
     cfg.MODEL.RIS.COMPILE = False
     # Parts without gradient, {part: eval | train}: the mode says whether dropout, DropPath and
     # BatchNorm behave as in evaluation or as in training. none: a _BASE_ freezes it, this does not.
@@ -261,8 +259,8 @@ def _add_model_keys(cfg: CN) -> None:
 
 def _add_solver_keys(cfg: CN) -> None:
     cfg.SOLVER.RIS = CN()
-    # AdamW | Adam | Muon: orthogonal updates for the weights of linear layers and convolutions, AdamW
-    # for all else; for training from scratch, the small models learn twice as fast.
+    # AdamW | Adam | Muon: orthogonal updates for the weights of linear layers and convolutions,
+    # AdamW for all else; for training from scratch, the small models learn twice as fast.
     cfg.SOLVER.RIS.OPTIMIZER = "AdamW"
     cfg.SOLVER.RIS.MATRIX_LR_FACTOR = (
         1.0  # Muon: rate of those weights, relative to that of all else
@@ -279,26 +277,26 @@ def _add_solver_keys(cfg: CN) -> None:
     # step (SOLVER.STEPS, GAMMA) | cosine (to 0) | poly. A SOLVER.LR_SCHEDULER_NAME other than
     # detectron2's default takes its place.
     cfg.SOLVER.RIS.SCHEDULE = "step"
-    # Length in epochs of training units (INPUT.RIS.UNIT); MAX_ITER, STEPS and WARMUP_ITERS then follow
-    # from the units that are there and IMS_PER_BATCH. 0: those count.
+    # Length in epochs of training units (INPUT.RIS.UNIT); MAX_ITER, STEPS and WARMUP_ITERS then
+    # follow from the units that are there and IMS_PER_BATCH. 0: those count.
     cfg.SOLVER.RIS.EPOCHS = 0
     cfg.SOLVER.RIS.STEP_EPOCHS = ()  # epochs after which the rate is multiplied by SOLVER.GAMMA
     cfg.SOLVER.RIS.WARMUP_EPOCHS = 0
     cfg.SOLVER.RIS.POLY_POWER = 0.9  # rate x (1 - t/T)^power
-    # Global norm over all parameters; 0 = off. SOLVER.CLIP_GRADIENTS with CLIP_TYPE full_model is the
-    # same; its value and norm clip each parameter by itself, as in detectron2.
+    # Global norm over all parameters; 0 = off. SOLVER.CLIP_GRADIENTS with CLIP_TYPE full_model is
+    # the same; its value and norm clip each parameter by itself, as in detectron2.
     cfg.SOLVER.RIS.CLIP_GRAD_NORM = 0.0
-    # Numbered checkpoints (every SOLVER.CHECKPOINT_PERIOD iterations) that OUTPUT_DIR keeps, the newest
-    # ones; 0 = all. model_final.pth and model_best.pth stay.
+    # Numbered checkpoints (every SOLVER.CHECKPOINT_PERIOD iterations) that OUTPUT_DIR keeps, the
+    # newest ones; 0 = all. model_final.pth and model_best.pth stay.
     cfg.SOLVER.RIS.KEEP_CHECKPOINTS = 3
-    # Decay of the exponential moving average of the weights, which is then what is evaluated and saved;
-    # 0 = off. 0.999 averages about the last 1,000 steps.
+    # Decay of the exponential moving average of the weights, which is then what is evaluated and
+    # saved; 0 = off. 0.999 averages about the last 1,000 steps.
     cfg.SOLVER.RIS.EMA = 0.0
-    # Training ends once so many evaluations (every TEST.EVAL_PERIOD iterations) in a row were not better
-    # than model_best.pth; 0 = never.
+    # Training ends once so many evaluations (every TEST.EVAL_PERIOD iterations) in a row were not
+    # better than model_best.pth; 0 = never.
     cfg.SOLVER.RIS.PATIENCE = 0
-    # fp32 matrix products of a training on a GPU in TensorFloat-32, with 10 bits of mantissa: several
-    # times faster. Convolutions are, as PyTorch's default. Nothing changes on a CPU.
+    # fp32 matrix products of a training on a GPU in TensorFloat-32, with 10 bits of mantissa:
+    # several times faster. Convolutions are, as PyTorch's default. Nothing changes on a CPU.
     cfg.SOLVER.RIS.TF32 = False
     # Micro-batches per optimizer step. SOLVER.IMS_PER_BATCH counts the units of the whole step.
     cfg.SOLVER.RIS.ACCUMULATION = 1
@@ -308,8 +306,8 @@ def _add_test_keys(cfg: CN) -> None:
     # (height, width) of masks and ground truth in evaluation; () = each image's original size. The
     # published 480x480 (ReLA, LAVT) and 384x384 (DeRIS) protocols set it.
     cfg.TEST.RESOLUTION = ()
-    # How ground truth is resized to it: corner (cv2's nearest: DeRIS) | center (PIL's nearest: LAVT,
-    # CrossVLT and the lineage of VIPA). At 480x480 the two differ by 1 % IoU.
+    # How ground truth is resized to it: corner (cv2's nearest: DeRIS) | center (PIL's nearest:
+    # LAVT, CrossVLT and the lineage of VIPA). At 480x480 the two differ by 1 % IoU.
     cfg.TEST.SAMPLE = "corner"
     cfg.TEST.MAX_EXPRESSIONS = 32  # expressions segmented at once in evaluation (bounds memory)
     cfg.TEST.NO_TARGET_MIN_AREA = 50  # pixels at output size, for MODEL.RIS.NO_TARGET "area"

@@ -34,9 +34,10 @@ def find_config(
     """The configuration of a trained model, with MODEL.WEIGHTS and the tokenizer's path filled in.
 
     Args:
-        name: a model folder; else a name of the zoo (docs/weights.md); else ``organisation/repository``
-            or ``organisation/repository@revision`` of a model folder on the Hugging Face hub. The last
-            two are downloaded unless they are there already; the log says so.
+        name: a model folder; else a name of the zoo (docs/weights.md); else
+            ``organisation/repository`` or ``organisation/repository@revision`` of a model folder on
+            the Hugging Face hub. The last two are downloaded unless they are there already; the log
+            says so.
         options: KEY, VALUE, ... over the model's configuration.
         modules: see :func:`ris_d2.load_config`.
 
@@ -75,7 +76,7 @@ def _folder(name: str) -> str:
     for file in (_CONFIG, _WEIGHTS):
         if not os.path.isfile(os.path.join(folder, file)):
             raise FileNotFoundError(
-                f"{folder}: no {file} in it; a model folder is what Predictor.save_pretrained writes"
+                f"{folder}: no {file} in it; Predictor.save_pretrained writes model folders"
             )
     if "_BASE_" in read_yaml(os.path.join(folder, _CONFIG)):
         raise ValueError(f"{folder}: {_CONFIG} has a _BASE_, which may lie outside of the folder")
@@ -112,8 +113,8 @@ def _download_folder(name: str) -> str:
     match = _HUB_NAME.fullmatch(name)
     if not match:
         raise FileNotFoundError(
-            f"{name}: no such model folder, no model of the zoo ({', '.join(zoo.models())}), and no name "
-            "on the Hugging Face hub (organisation/repository)"
+            f"{name}: no such model folder, no model of the zoo ({', '.join(zoo.models())}), and "
+            "no name on the Hugging Face hub (organisation/repository)"
         )
     from huggingface_hub import snapshot_download
 
@@ -125,7 +126,7 @@ def _download_folder(name: str) -> str:
     except Exception as error:
         raise FileNotFoundError(
             f"{name}: no such model folder here, and the Hugging Face hub did not give it "
-            f"({_first_line(error)}). To get it elsewhere: hf download {repository} --local-dir FOLDER"
+            f"({_first_line(error)}). Elsewhere: hf download {repository} --local-dir FOLDER"
         ) from error
 
 
@@ -134,24 +135,14 @@ def _first_line(error: Exception) -> str:
 
 
 def save_model(
-    folder: str | os.PathLike,
-    *,
-    cfg: CfgNode,
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    title: str = "",
-    metrics: Mapping[str, Mapping[str, float | None]] | None = None,
-    licence: str = "",
-    notes: str = "",
+    folder: str | os.PathLike, cfg: CfgNode, model: nn.Module, tokenizer: Tokenizer, **card: Any
 ) -> None:
     """Write a model folder; see :meth:`ris_d2.predictor.Predictor.save_pretrained`."""
     from safetensors.torch import save_file
 
     ours = {_CONFIG, _WEIGHTS, _TOKENIZER, _CARD}
     if os.path.isdir(folder) and (other := set(os.listdir(folder)) - ours):
-        raise ValueError(
-            f"{folder} holds {min(other)!r}, which is of no model folder; name another"
-        )
+        raise ValueError(f"{folder} holds {min(other)!r}, which is of no model folder")
     if cfg.MODEL.RIS.TEXT.CAUSAL_LM.PATH:
         raise ValueError("a model whose words go through MODEL.RIS.TEXT.CAUSAL_LM cannot be saved")
     cfg = cfg.clone()
@@ -166,7 +157,7 @@ def save_model(
     used = {part.upper() for kind in type(model).__mro__ for part in kind.__module__.split(".")}
     for method in {"ASDA", "DERIS", "RISAM", "SHARED_RIS", "VIPA"} - used:
         del cfg.MODEL[method]
-    card = _card(cfg, model, title, metrics or {}, licence, notes)
+    text = _card(cfg, model, **card)
     with atomic_folder(folder) as temporary:
         with open(os.path.join(temporary, _CONFIG), "w", encoding="utf-8") as file:
             file.write(CfgNode(_own_and_changed(cfg, stock)).dump())
@@ -176,11 +167,11 @@ def save_model(
         shutil.copymode(os.path.join(temporary, _CONFIG), os.path.join(temporary, _WEIGHTS))
         tokenizer.save(os.path.join(temporary, _TOKENIZER))
         with open(os.path.join(temporary, _CARD), "w", encoding="utf-8") as file:
-            file.write(card)
+            file.write(text)
 
 
 def _own_and_changed(cfg: CfgNode, stock: CfgNode) -> dict[str, Any]:
-    """ris_d2's keys, all of them, for their defaults may change; of detectron2's what was changed."""
+    """All keys of ris_d2, for their defaults may change; of detectron2's, those that differ."""
     kept = {}
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
@@ -195,6 +186,7 @@ def _own_and_changed(cfg: CfgNode, stock: CfgNode) -> dict[str, Any]:
 def _card(
     cfg: CfgNode,
     model: nn.Module,
+    *,
     title: str,
     metrics: Mapping[str, Mapping[str, float | None]],
     licence: str,

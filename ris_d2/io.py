@@ -93,8 +93,7 @@ def load_json(path: str | os.PathLike) -> Any:
         ValueError: truncated or malformed; names the file and the position.
     """
     with reading(path):
-        with _open_for_reading(path) as file:
-            data = file.read()
+        data = _content(path)
         try:
             with without_collecting():
                 return json.loads(data.decode("utf-8"))
@@ -120,8 +119,7 @@ def load_pickle(path: str | os.PathLike) -> Any:
             truncated or damaged.
     """
     with reading(path):
-        with _open_for_reading(path) as file:
-            data = file.read()
+        data = _content(path)
         try:
             with without_collecting():
                 return load_plain(data)
@@ -151,9 +149,7 @@ def without_collecting() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_write(
-    path: str | os.PathLike, mode: str = "w", encoding: str | None = None
-) -> Iterator[IO]:
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
     """Yield a file that becomes ``path`` when the block ends, and disappears if the block raises.
 
     The temporary file lies beside ``path`` (missing directories are made) and keeps its extension;
@@ -161,8 +157,7 @@ def atomic_write(
 
     Args:
         path: where the file shall be.
-        mode: "w" (text, UTF-8 unless ``encoding`` is given) or "wb".
-        encoding: of the text.
+        mode: "w" (text, UTF-8) or "wb".
 
     Raises:
         ValueError: ``mode`` is neither "w" nor "wb".
@@ -172,9 +167,8 @@ def atomic_write(
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
-    text_encoding = (encoding or "utf-8") if mode == "w" else None
     temporary = _temporary(folder, name)
-    file = open(temporary, mode, encoding=text_encoding)
+    file = open(temporary, mode, encoding="utf-8" if mode == "w" else None)
     with _locked(temporary):
         try:
             with file:
@@ -259,9 +253,10 @@ def _locked(path: str, *, sweep: bool = False) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _open_for_reading(path: str | os.PathLike) -> IO[bytes]:
+def _content(path: str | os.PathLike) -> bytes:
     try:
-        return open(path, "rb")
+        with open(path, "rb") as file:
+            return file.read()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{os.path.abspath(path)}: no such file") from error
 
@@ -284,10 +279,6 @@ def _bytes(data: bytes | str = b"", encoding: str = "latin1") -> bytes:
     if not isinstance(data, bytes | bytearray):
         raise _ForbiddenGlobal(f"bytes of a {type(data).__name__}")
     return bytes(data)
-
-
-def _bytearray(data: bytes | str = b"", encoding: str = "latin1") -> bytearray:
-    return bytearray(_bytes(data, encoding))
 
 
 class _NumberType:
@@ -352,33 +343,24 @@ def numpy_globals() -> dict[str, Any]:
     Only numbers and arrays of numbers come of it: no objects, no text, no records, no memory that
     the file did not fill. numpy 1 says numpy.core where numpy 2 says numpy._core.
     """
-    return {
-        "numpy.ndarray": _Array,
-        "numpy.dtype": _NumberType,
-        **{
-            f"numpy.{core}.{name}": maker
-            for core in ("core", "_core")
-            for name, maker in (
-                ("multiarray.scalar", _scalar),
-                ("multiarray._reconstruct", _reconstruct),
-                ("numeric._frombuffer", _from_buffer),
-            )
-        },
+    makers = {
+        "multiarray.scalar": _scalar,
+        "multiarray._reconstruct": _reconstruct,
+        "numeric._frombuffer": _from_buffer,
     }
+    functions = {f"numpy.{core}.{k}": v for core in ("core", "_core") for k, v in makers.items()}
+    return {"numpy.ndarray": _Array, "numpy.dtype": _NumberType, **functions}
 
 
+_PLAIN = {
+    "set": set,
+    "frozenset": frozenset,
+    "complex": complex,
+    "bytes": _bytes,
+    "bytearray": lambda *arguments: bytearray(_bytes(*arguments)),
+}
 _ALLOWED_GLOBALS: dict[str, Any] = {
-    **{
-        f"{module}.{name}": kind
-        for module in ("builtins", "__builtin__")
-        for name, kind in (
-            ("set", set),
-            ("frozenset", frozenset),
-            ("complex", complex),
-            ("bytes", _bytes),
-            ("bytearray", _bytearray),
-        )
-    },
+    **{f"{module}.{k}": v for module in ("builtins", "__builtin__") for k, v in _PLAIN.items()},
     "collections.OrderedDict": OrderedDict,
     "_codecs.encode": _encode_latin1,
     **numpy_globals(),

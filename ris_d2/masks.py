@@ -28,7 +28,7 @@ def check_size(height: int, width: int) -> None:
 
 
 def check_part(part: list[float] | dict, height: int, width: int) -> None:
-    """Raise ValueError unless ``rasterize`` can draw this polygon or RLE; its size is not checked."""
+    """Raise ValueError unless ``rasterize`` can draw this polygon or RLE."""
     if isinstance(part, dict):
         _runs(part, height, width)
     else:
@@ -58,10 +58,8 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
         is_inside = np.arange(len(runs)) % 2 == 1  # the first run is background
         return np.repeat(is_inside, runs).reshape(width, height).T
     if not isinstance(segmentation, list) or not segmentation:
-        raise ValueError(
-            "a segmentation is a list of polygons or an RLE dict, not "
-            f"{reprlib.repr(segmentation)}"
-        )
+        shown = reprlib.repr(segmentation)
+        raise ValueError(f"a segmentation is a list of polygons or an RLE dict, not {shown}")
     side = max(height, width)
     for polygon in segmentation:
         _check_polygon(polygon, side)
@@ -72,12 +70,10 @@ def rasterize(segmentation: list | dict, height: int, width: int) -> np.ndarray:
 
 def _check_polygon(polygon: list[float], side: int) -> None:
     if not isinstance(polygon, list):
-        raise ValueError(
-            f"a polygon is a flat list [x0, y0, x1, y1, ...], not {reprlib.repr(polygon)}"
-        )
+        raise ValueError(f"a polygon is a flat list [x0, y0, ...], not {reprlib.repr(polygon)}")
     if len(polygon) % 2 or len(polygon) < 6:
         raise ValueError(
-            f"a polygon needs x, y of three or more points, this one has {len(polygon)} numbers"
+            f"a polygon needs three points or more, this one has {len(polygon)} numbers"
         )
     try:
         finite = math.isfinite(sum(polygon))
@@ -100,22 +96,16 @@ def _check_outlines(polygons: list[list[float]], side: int) -> None:
     rings = [np.reshape(polygon, (-1, 2)) for polygon in polygons]
     length = sum(np.abs(ring - np.roll(ring, 1, axis=0)).max(axis=1).sum() for ring in rings)
     if length > MAX_OUTLINE:
-        raise ValueError(
-            f"the polygons' outlines are {length:,.0f} px long, more than {MAX_OUTLINE:,}"
-        )
+        raise ValueError(f"the polygons' outlines are {length:,.0f} px long, over {MAX_OUTLINE:,}")
 
 
 def _runs(rle: dict, height: int, width: int) -> np.ndarray:
     """The checked run lengths of an RLE: int64, adding up to height x width."""
     size, counts = rle.get("size"), rle.get("counts")
     if size is None or counts is None:
-        raise ValueError(
-            f"an RLE has the keys size and counts, this one has {reprlib.repr(list(rle))}"
-        )
+        raise ValueError(f"an RLE has the keys size and counts, not {reprlib.repr(list(rle))}")
     if not isinstance(size, list | tuple) or list(size) != [height, width]:
-        raise ValueError(
-            f"the RLE is of size {reprlib.repr(size)}, its image of [{height}, {width}]"
-        )
+        raise ValueError(f"the RLE is of size {reprlib.repr(size)}, not of [{height}, {width}]")
     runs = np.array(counts) if isinstance(counts, list) else _decompress(counts)
     # pycocotools returns uninitialised memory where the runs are too short and writes beyond its
     # own where they are too long, hence our own check. Runs are bounded one by one before they are
@@ -196,7 +186,7 @@ def resize_nearest(
 
 
 def union(masks: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
-    """bool or uint8 masks (H,W), or an array (N,H,W), N may be 0 -> bool (H,W): True in any mask."""
+    """bool or uint8 masks (H,W), or an array (N,H,W), N = 0 too -> bool (H,W): in any of them."""
     masks = np.asarray(masks, dtype=bool)
     if masks.ndim != 3:
         raise ValueError("the union of no masks has no size: pass an array of shape (0, H, W)")

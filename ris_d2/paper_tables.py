@@ -1,4 +1,4 @@
-"""Tables of papers as data: a recipe, the keys that each row of a table changes, what was published."""
+"""Tables of papers as data: a recipe, the keys that each row changes, what was published."""
 
 import dataclasses
 import os
@@ -37,14 +37,14 @@ def is_paper_row(config_file: str) -> bool:
 def read_paper_row(config_file: str) -> PaperRow:
     """Read the row that ``<table>.yaml:<row>`` names.
 
-    A table has ``base``, the path of a recipe relative to the table, and ``rows``: name -> {``set``:
-    {KEY: value}, ``like``: a row or a list of rows whose changes come first, ``base``: another recipe,
-    ``paper``, ``published``, ``note``}.
+    A table has ``base``, the path of a recipe relative to the table, and ``rows``: name ->
+    {``set``: {KEY: value}, ``like``: a row or a list of rows whose changes come first, ``base``:
+    another recipe, ``paper``, ``published``, ``note``}.
 
     Raises:
         FileNotFoundError: no such table, or its recipe does not exist.
-        ValueError: no such row, an unknown field, or rows that are like each other in a circle; names
-            table and row.
+        ValueError: no such row, an unknown field, or rows that are like each other in a circle;
+            names table and row.
     """
     path, _, name = config_file.rpartition(":")
     table = _read_table(path)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.structures import BitMasks
 from PIL import Image
 
 from . import hub
@@ -28,11 +29,12 @@ ImageInput = str | os.PathLike | Image.Image | np.ndarray
 class Results(list[dict]):
     """The answers of one image, one dict per sentence, in order, with all tensors on the CPU.
 
-    ``text`` (the sentence), ``expression_id`` (int, its position), ``mask`` (bool (H,W) of the image's
-    size, upright), ``box`` ([x0, y0, x1, y1] of the mask in pixels, the last ones exclusive; None if it
-    is empty), ``score`` (float: probability that there is a target, or the highest mask probability),
-    ``no_target`` (bool: the model says that nothing fits), ``instances`` (Instances or None), and
-    ``probabilities`` (float (H,W) in 0..1, also where nothing fits) if asked for.
+    ``text`` (the sentence), ``expression_id`` (int, its position), ``mask`` (bool (H,W) of the
+    image's size, upright), ``box`` ([x0, y0, x1, y1] of the mask in pixels, the last ones
+    exclusive; None if it is empty), ``score`` (float: probability that there is a target, or the
+    highest mask probability), ``no_target`` (bool: the model says that nothing fits), ``instances``
+    (Instances or None), and ``probabilities`` (float (H,W) in 0..1, also where nothing fits) if
+    asked for.
     """
 
     def to_coco(self, *, image_id: int = 1, first_id: int = 1) -> list[dict]:
@@ -44,8 +46,8 @@ class Results(list[dict]):
 
         Returns:
             dicts of ``id``, ``image_id``, ``category_id`` (1), ``segmentation`` (compressed RLE),
-            ``bbox`` (x, y, width, height), ``area`` in pixels, ``iscrowd`` (0), ``score``, ``text`` and
-            ``expression_id``; all of them go into a json as they are.
+            ``bbox`` (x, y, width, height), ``area`` in pixels, ``iscrowd`` (0), ``score``, ``text``
+            and ``expression_id``; all of them go into a json as they are.
         """
         found = [result for result in self if result["box"]]
         return [
@@ -66,8 +68,9 @@ class Results(list[dict]):
         ]
 
     def to_supervision(self) -> Any:
-        """``supervision.Detections`` of the sentences that have a mask: ``class_id`` is the sentence's
-        position, ``data["class_name"]`` the sentence.
+        """``supervision.Detections`` of the sentences that have a mask.
+
+        ``class_id`` is the sentence's position, ``data["class_name"]`` the sentence.
 
         Raises:
             ImportError: without the package supervision.
@@ -75,9 +78,7 @@ class Results(list[dict]):
         try:
             import supervision
         except ImportError as error:
-            raise ImportError(
-                f"to_supervision needs the package supervision (pip install supervision): {error}"
-            ) from error
+            raise ImportError(f"to_supervision needs pip install supervision: {error}") from error
         found = [result for result in self if result["box"]]
         if not found:
             return supervision.Detections.empty()
@@ -93,10 +94,10 @@ class Results(list[dict]):
 class Predictor:
     """A model that answers referring expressions about images, on ``cfg.MODEL.DEVICE``.
 
-    Masks have the image's own size; TEST.RESOLUTION, which belongs to evaluation protocols, is ignored.
-    An image is encoded once for all sentences of a call, or of a session. Words that the tokenizer does
-    not know and sentences that are too long for it are named by a warning of every call. Several
-    threads may use one predictor.
+    Masks have the image's own size; TEST.RESOLUTION, which belongs to evaluation protocols, is
+    ignored. An image is encoded once for all sentences of a call, or of a session. Words that the
+    tokenizer does not know and sentences that are too long for it are named by a warning of every
+    call. Several threads may use one predictor.
 
     Example:
         predictor = Predictor.from_pretrained("deris_l_grefcoco")
@@ -113,11 +114,12 @@ class Predictor:
         Args:
             cfg: the weights are MODEL.WEIGHTS.
             use_init: let MODEL.INIT fill what MODEL.WEIGHTS leaves open.
-            precision: auto (what is fastest here, see MODEL.RIS.PRECISION), fp32, bf16 or fp16; what
-                the config says is for training.
+            precision: auto (what is fastest here, see MODEL.RIS.PRECISION), fp32, bf16 or fp16;
+                what the config says is for training.
 
         Raises:
-            FileNotFoundError, ValueError: weights or tokenizer that are missing or of another model.
+            FileNotFoundError, ValueError: weights or tokenizer that are missing or of another
+                model.
             ValueError: an unknown precision.
         """
         self.cfg, cfg = cfg.clone(), cfg.clone()
@@ -171,16 +173,8 @@ class Predictor:
         Raises:
             ValueError: the folder holds files that are of no model folder.
         """
-        hub.save_model(
-            folder,
-            cfg=self.cfg,
-            model=self.model,
-            tokenizer=self.mapper.tokenizer,
-            title=title,
-            metrics=metrics,
-            licence=licence,
-            notes=notes,
-        )
+        card = {"title": title, "metrics": metrics or {}, "licence": licence, "notes": notes}
+        hub.save_model(folder, self.cfg, self.model, self.mapper.tokenizer, **card)
 
     def __call__(
         self, image: ImageInput, sentences: str | Sequence[str], **settings: Any
@@ -190,13 +184,14 @@ class Predictor:
         Args:
             image: a path, a PIL image, or a uint8 array; see :func:`load_rgb`.
             sentences: one sentence, or several.
-            settings: ``probabilities=True`` asks for them; thresholds for this call alone, by the names
-                in ``predictor.model.thresholds``: ``mask_threshold``, and as the model decides that
-                nothing fits ``existence_threshold``, ``score_threshold`` or ``min_area``.
+            settings: ``probabilities=True`` asks for them; thresholds for this call alone, by the
+                names in ``predictor.model.thresholds``: ``mask_threshold``, and as the model
+                decides that nothing fits ``existence_threshold``, ``score_threshold`` or
+                ``min_area``.
 
         Raises:
-            ValueError: no sentence, an empty one, one that is no str, an image that cannot be read or
-                has another type or shape, or a threshold that this model does not have.
+            ValueError: no sentence, an empty one, one that is no str, an image that cannot be read
+                or has another type or shape, or a threshold that this model does not have.
             FileNotFoundError: no such image file.
         """
         return self.batch([image], [sentences], **settings)[0]
@@ -207,7 +202,7 @@ class Predictor:
         sentences: Sequence[str | Sequence[str]],
         **settings: Any,
     ) -> list[Results]:
-        """Several images at once, each with its own sentences; as as many calls, but faster on a GPU."""
+        """Ask about several images at once, each with sentences of its own: faster on a GPU."""
         if len(images) != len(sentences):
             raise ValueError(f"{len(images)} images and {len(sentences)} lists of sentences")
         units = [
@@ -222,7 +217,7 @@ class Predictor:
         return Session(self, image)
 
     def prepare(self, image: ImageInput, sentences: str | Sequence[str]) -> dict:
-        """The model's input, one unit, for the same arguments as a call's (ReferringMapper.prepare)."""
+        """The model's input for the arguments of a call: one unit, see ReferringMapper.prepare."""
         return self.mapper.prepare(load_rgb(image), _expressions(sentences))
 
     def _settings(self, *, probabilities: bool = False, **thresholds: float) -> dict:
@@ -247,13 +242,8 @@ class Session:
         """As :meth:`Predictor.__call__` of the same image."""
         expressions = _expressions(sentences)
         input_ids, text_mask = self._predictor.mapper.tokenizer([e["text"] for e in expressions])
-        unit = {
-            **self._unit,
-            "expressions": expressions,
-            "input_ids": input_ids,
-            "text_mask": text_mask,
-            **self._predictor._settings(**settings),
-        }
+        asked = {"expressions": expressions, "input_ids": input_ids, "text_mask": text_mask}
+        unit = {**self._unit, **asked, **self._predictor._settings(**settings)}
         return _results(unit, self._predictor.model.answer(self._features, [unit])[0])
 
 
@@ -277,9 +267,7 @@ def load_rgb(image: ImageInput) -> np.ndarray:
         return read_image(image)
     if isinstance(image, (Image.Image, np.ndarray)):
         return to_rgb(image)
-    raise ValueError(
-        f"image must be a path, a PIL image or a uint8 numpy array, got {type(image).__name__}"
-    )
+    raise ValueError(f"image must be a path, a PIL image or an array, got {type(image).__name__}")
 
 
 def _expressions(sentences: str | Sequence[str]) -> list[dict]:
@@ -310,7 +298,5 @@ def _results(unit: dict, answer: dict) -> Results:
 
 def _box(mask: torch.Tensor) -> list[int] | None:
     """Mask (H,W) -> [x0, y0, x1, y1], the last ones exclusive; None without a pixel."""
-    columns, rows = mask.any(0).nonzero().flatten(), mask.any(1).nonzero().flatten()
-    if not len(columns):
-        return None
-    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+    box = BitMasks(mask[None]).get_bounding_boxes().tensor[0].int().tolist()
+    return box if any(box) else None

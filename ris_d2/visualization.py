@@ -1,8 +1,8 @@
 """Pictures for people: mask overlays.
 
-All images are RGB uint8 numpy arrays (H,W,3). Blue marks ground truth and orange marks predictions (the
-pair of the Okabe-Ito palette that stays apart for every kind of colour blindness); a contour line says
-the same as the fill, so that nothing hangs on colour alone.
+All images are RGB uint8 numpy arrays (H,W,3). Blue marks ground truth and orange marks predictions
+(the pair of the Okabe-Ito palette that stays apart for every kind of colour blindness); a contour
+line says the same as the fill, so that nothing hangs on colour alone.
 """
 
 import os
@@ -55,7 +55,7 @@ def overlay(
 
 
 def write_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Write an RGB uint8 (H,W,3) image or a bool (H,W) mask (as 0 and 255) to a PNG file, atomically."""
+    """Write an RGB uint8 (H,W,3) image or a bool (H,W) mask (0 and 255) as PNG, atomically."""
     picture = Image.fromarray(image.astype(np.uint8) * 255 if image.dtype == bool else image)
     with atomic_write(path, mode="wb") as file:
         picture.save(file, format="PNG")

@@ -1,4 +1,4 @@
-"""YAML files as plain data: nothing in them runs, and whatever is wrong is said with the file's name."""
+"""YAML files as plain data: nothing in them runs, and errors name the file."""
 
 import itertools
 import os

@@ -1,6 +1,7 @@
 """The zoo: models by name, and where the files come from that models and recipes need.
 
-The table is zoo.yaml beside this file; ``python -m ris_d2.zoo`` prints the tables of docs/weights.md.
+The table is zoo.yaml beside this file; ``python -m ris_d2.zoo`` prints the tables of
+docs/weights.md.
 """
 
 import functools
@@ -32,7 +33,7 @@ def known_files() -> dict[str, dict[str, str]]:
 
 
 def config_file(name: str) -> str:
-    """The path of a recipe that comes with ris_d2: ``deris_swin_b.yaml``, ``papers/deris.yaml:deris_l``.
+    """The path of a recipe of ris_d2's: ``deris_swin_b.yaml``, ``papers/deris.yaml:deris_l``.
 
     Raises:
         FileNotFoundError: there is none of that name.
@@ -44,7 +45,7 @@ def config_file(name: str) -> str:
 
 
 def how_to_get(path: str) -> str:
-    """The command that puts a published file where it is looked for; "" for a file not known here."""
+    """The command that puts a published file where it is looked for; "" for an unknown file."""
     name = os.path.basename(path)
     if path.startswith("hf://"):
         organisation, repository, file = path[len("hf://") :].split("/", 2)

@@ -25,8 +25,8 @@ def read_per_expression(path: str) -> dict[str, np.ndarray]:
     """Read what ReferringEvaluator writes as per_expression.jsonl.
 
     Returns:
-        name -> (n,): gIoU, IoU, oracle_IoU (nan where a result carried no instances) and area_ratio,
-        float64 in 0..1; num_targets int64; no_target (said by the prediction) bool.
+        name -> (n,): gIoU, IoU, oracle_IoU (nan where a result carried no instances) and
+        area_ratio, float64 in 0..1; num_targets int64; no_target (said by the prediction) bool.
 
     Raises:
         FileNotFoundError: no such file.

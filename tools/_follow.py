@@ -46,8 +46,8 @@ def follow(
 ) -> Iterator[tuple[Training, int]]:
     """Run trainings, print every so many seconds how far they are, and yield each with its exit status.
 
-    No process outlives this generator, also where a signal interrupts it; on Linux none outlives this
-    process, also where it is killed.
+    No process outlives this generator, also where a signal interrupts it; on Linux none outlives
+    this process, also where it is killed.
 
     Args:
         trainings: taken one by one, when there is a place for the next.

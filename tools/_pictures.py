@@ -1,7 +1,7 @@
 """Tables of pictures for people: contact sheets, and several masks in one image.
 
-Blue marks ground truth and orange predictions, as in ris_d2.visualization; all images are RGB uint8 numpy
-arrays (H,W,3).
+Blue marks ground truth and orange predictions, as in ris_d2.visualization; all images are RGB uint8
+numpy arrays (H,W,3).
 """
 
 import textwrap
@@ -71,8 +71,8 @@ class SheetRow:
 def contact_sheet(rows: Sequence[SheetRow], *, title: str = "", cell: int = 224) -> np.ndarray:
     """Draw one line per expression: sentence, note and IoU, image, ground truth, prediction.
 
-    Consecutive rows that share one image object show it once. Arguments, result and errors are those of
-    :func:`picture_grid`.
+    Consecutive rows that share one image object show it once. Arguments, result and errors are
+    those of :func:`picture_grid`.
     """
     lines = []
     for before, row in zip([None, *rows], rows):
@@ -110,9 +110,9 @@ def picture_grid(
     """Draw pictures in rows and named columns, each row beginning with a text.
 
     Args:
-        rows: (text, pictures), pictures RGB uint8 (H,W,3), (picture, word to write on it) or None for
-            an empty place. Pictures are as wide as the cell, those of more than 1.5 x its height
-            narrower.
+        rows: (text, pictures), pictures RGB uint8 (H,W,3), (picture, word to write on it) or None
+            for an empty place. Pictures are as wide as the cell, those of more than 1.5 x its
+            height narrower.
         columns: a name per picture of a row; names and texts are wrapped.
         title: a line above the table.
         cell: width of each picture and of the text in pixels.

@@ -3,11 +3,11 @@
 
     python tools/analyze.py --config-file configs/shared_ris_beit3_b.yaml [--depth 2] [--json] [KEY VALUE ...]
 
-Parameters are counted without allocating them; multiply-adds (MACs) are counted while the model segments
-one sentence of MAX_TOKENS words in one image of the config's size, on the CPU, with random weights.
-Convention of the papers' tables (fvcore's): one multiply-add is 1, matrix products, convolutions and
-attention are counted, and normalisation and bilinear upsampling at fvcore's weights of 5, 2 and 4 per
-element.
+Parameters are counted without allocating them; multiply-adds (MACs) are counted while the model
+segments one sentence of MAX_TOKENS words in one image of the config's size, on the CPU, with random
+weights. Convention of the papers' tables (fvcore's): one multiply-add is 1, matrix products,
+convolutions and attention are counted, and normalisation and bilinear upsampling at fvcore's
+weights of 5, 2 and 4 per element.
 """
 
 import argparse

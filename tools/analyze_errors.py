@@ -4,12 +4,13 @@
         [more files] [--edges 0 1 5 10 30 100] [--json FILE] [--plot FILE.png]
         [--board FILE.png] [--config-file C]
 
-Reads the per_expression.jsonl of an evaluation. Perception has lost what even an oracle that chooses
-among the predicted instances cannot reach; cognition what the oracle would have gained (DeRIS, ICCV
-2025: "cognition is the bottleneck"). This needs results with instances (TEST.INSTANCES True, methods
-with queries); the IoU by target size (Shared-RIS, Fig. 6) needs nothing. The board shows the sentences of the first file that
-went worst, those the model was surest of first; the evaluation has to have saved its masks
-(TEST.SAVE_PREDICTIONS True), and --config-file names your own datasets (DATASETS.RIS_JSON).
+Reads the per_expression.jsonl of an evaluation. Perception has lost what even an oracle that
+chooses among the predicted instances cannot reach; cognition what the oracle would have gained
+(DeRIS, ICCV 2025: "cognition is the bottleneck"). This needs results with instances (TEST.INSTANCES
+True, methods with queries); the IoU by target size (Shared-RIS, Fig. 6) needs nothing. The board
+shows the sentences of the first file that went worst, those the model was surest of first; the
+evaluation has to have saved its masks (TEST.SAVE_PREDICTIONS True), and --config-file names your
+own datasets (DATASETS.RIS_JSON).
 """
 
 import argparse

@@ -2,11 +2,12 @@
 
     python tools/calibrate.py --config-file C --weights W --output output/calibration
 
-Swept are MODEL.RIS.MASK_THRESHOLD and, where the model says by a score that nothing is there, the threshold
-of that: MODEL.DERIS.SCORE_THRESHOLD (T_ref) or MODEL.RIS.EXISTENCE_THRESHOLD. Per sentence only pixel counts
-at each threshold are kept. --output gets calibrated.yaml, the configuration with the best thresholds (use it
-as --config-file; KEY VALUE changes are not in it), curves.png and sweep.json, every pair of thresholds with
-its metrics. Thresholds chosen on a test split would make its numbers worthless: such splits are refused.
+Swept are MODEL.RIS.MASK_THRESHOLD and, where the model says by a score that nothing is there, the
+threshold of that: MODEL.DERIS.SCORE_THRESHOLD (T_ref) or MODEL.RIS.EXISTENCE_THRESHOLD. Per
+sentence only pixel counts at each threshold are kept. --output gets calibrated.yaml, the
+configuration with the best thresholds (use it as --config-file; KEY VALUE changes are not in it),
+curves.png and sweep.json, every pair of thresholds with its metrics. Thresholds chosen on a test
+split would make its numbers worthless: such splits are refused.
 """
 
 import argparse
@@ -79,8 +80,8 @@ def check_split(name: str) -> None:
 class Sweep:
     """Pixel counts of every sentence at every mask threshold, gathered while ``model`` evaluates.
 
-    Of a model that unites instances (DeRIS) the counts are kept for the union of its best one, two, ...;
-    of any other there is one mask, as good as one instance.
+    Of a model that unites instances (DeRIS) the counts are kept for the union of its best one, two,
+    ...; of any other there is one mask, as good as one instance.
     """
 
     def __init__(self, model: ReferringSegmenter, *, sample: str):

@@ -3,13 +3,13 @@
 
     python tools/ceiling.py --config-file configs/risam_sam_vit_h.yaml [--config-file ...] [--json]
 
-Ellipses of known outline on a 480 x 640 image go through the method's own mapper and loss: free mask logits
-in place of the model's are fitted to that loss, then restored to the image's size by the method's own
-inference. What such a perfect model loses is lost by resizing alone. Printed per diameter of the ellipses:
-the mean IoU (%), and how far the masks' centroids lie from the ellipses' in the mean, in pixels of the
-model's input (right and down are positive). A shift of all masks to one side is what targets teach that
-are not aligned with the predictions. Needs no weights and no data; the model is built as it stands in the
-config, with random weights.
+Ellipses of known outline on a 480 x 640 image go through the method's own mapper and loss: free
+mask logits in place of the model's are fitted to that loss, then restored to the image's size by
+the method's own inference. What such a perfect model loses is lost by resizing alone. Printed per
+diameter of the ellipses: the mean IoU (%), and how far the masks' centroids lie from the ellipses'
+in the mean, in pixels of the model's input (right and down are positive). A shift of all masks to
+one side is what targets teach that are not aligned with the predictions. Needs no weights and no
+data; the model is built as it stands in the config, with random weights.
 """
 
 import argparse
@@ -60,8 +60,8 @@ def measure(cfg: CfgNode, *, per_band: int, steps: int, seed: int = 0) -> dict:
         steps: of the fit.
 
     Returns:
-        {"<from>-<to>": {"iou": mean IoU in percent, "shift": [x, y] mean shift of centroids in pixels of
-        the model's input}}
+        {"<from>-<to>": {"iou": mean IoU in percent, "shift": [x, y] mean shift of centroids in
+        pixels of the model's input}}
     """
     cfg = cfg.clone()
     cfg.defrost()

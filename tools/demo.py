@@ -5,9 +5,9 @@
     python tools/demo.py --config-file configs/shared_ris_beit3_b.yaml --weights model_best.pth \
         --image street.jpg --text "the left man" --text "the red cars" --output out
 
-For a trained model by folder or name there is the command ris_d2. Without --config-file the model is the
-small one that comes with ris_d2 and knows RefShapes alone, and what --image and --text do not say is its
-own scene and sentences. It writes into the output directory,
+For a trained model by folder or name there is the command ris_d2. Without --config-file the model
+is the small one that comes with ris_d2 and knows RefShapes alone, and what --image and --text do
+not say is its own scene and sentences. It writes into the output directory,
 for the sentences 0, 1, ...:
 
     0_overlay.png   the image with the mask painted on it (unchanged where the answer is "nothing")

@@ -12,8 +12,8 @@ The output directory then holds what docs/export.md runs without ris_d2 and torc
     tokenizer.json  (or the other files that the model's tokenizer is read from)
 
 Both graphs are run by onnxruntime on the CPU with several numbers and lengths of sentences; where a
-value differs from the model's by more than 1e-3 (of its size, if that is above 1) the program fails.
-It prints the largest difference, and the latencies of both.
+value differs from the model's by more than 1e-3 (of its size, if that is above 1) the program
+fails. It prints the largest difference, and the latencies of both.
 """
 
 import argparse

@@ -5,9 +5,9 @@
     python tools/fuzz.py --reader NAME --seed S --case I     # one case again, with its traceback
 
 Each case changes one file of a small, valid set: bits, bytes and lengths of it, or, where it has a
-structure, fields of other types, huge and negative numbers, NaN, deep nesting, things that are there
-twice or not at all, written as a valid file again (archives with right checksums). It depends on
-reader, seed and number alone. What may become of it:
+structure, fields of other types, huge and negative numbers, NaN, deep nesting, things that are
+there twice or not at all, written as a valid file again (archives with right checksums). It depends
+on reader, seed and number alone. What may become of it:
 
     read      a result, and nothing of the file is missing in it that is not counted as skipped
     refused   ValueError or FileNotFoundError whose message names the file

@@ -6,10 +6,11 @@
     python tools/predict.py --model FOLDER --images clip.mp4 --every 10 --text "the ball" --output out
     torchrun --nproc-per-node 2 tools/predict.py --model FOLDER ...
 
---images is a folder (images in folders within count, too), one image, a .txt file with a path per line
-(relative to that file), or a video. --sentences is a .csv or .tsv file with the columns image and
-sentence, or a .json, [{"image": ..., "sentence": ...}, ...]; images are named relative to the folder (or
-list), frames of a video frame_000000.png, frame_000010.png, ... It writes into the output directory:
+--images is a folder (images in folders within count, too), one image, a .txt file with a path per
+line (relative to that file), or a video. --sentences is a .csv or .tsv file with the columns image
+and sentence, or a .json, [{"image": ..., "sentence": ...}, ...]; images are named relative to the
+folder (or list), frames of a video frame_000000.png, frame_000010.png, ... It writes into the
+output directory:
 
     predictions.json    COCO images and annotations (boxes, compressed RLE, scores), and per sentence an
                         entry of "expressions"; datasets/README.md has the form, register_ris_json reads it
@@ -18,8 +19,8 @@ list), frames of a video frame_000000.png, frame_000010.png, ... It writes into 
     frames/             the frames of a video that were asked about
     parts/              what is answered so far: a run that was stopped goes on from here
 
-An image that cannot be read is named at the end and in predictions.json, and tried again by the next run.
-Under torchrun every process takes its share; the result is that of one process.
+An image that cannot be read is named at the end and in predictions.json, and tried again by the
+next run. Under torchrun every process takes its share; the result is that of one process.
 """
 
 import argparse

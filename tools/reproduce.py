@@ -3,8 +3,8 @@
     python tools/reproduce.py configs/papers/deris.yaml:deris_l --weights deris_l.pth
 
 Every dataset for which the row has numbers is evaluated, all of them looked for before the model is
-built. A table is printed and written to OUTPUT_DIR/reproduction.md. The exit status is 0 if every number
-is within the tolerance, 1 if one is not (or something is missing).
+built. A table is printed and written to OUTPUT_DIR/reproduction.md. The exit status is 0 if every
+number is within the tolerance, 1 if one is not (or something is missing).
 """
 
 import argparse

@@ -6,8 +6,8 @@
 Each cell with each seed is one run of train_net.py in a process of its own, in
 OUTPUT/runs/CELL/seedN. Run it again and it goes on: finished runs (they have a run.json) are kept,
 stopped and failed ones resume from their last checkpoint, and a run whose settings have changed is
-deleted and starts anew. The page, docs/studies/NAME.md, is written anew after each run. On a cluster,
-make each run a job of its own: --only CELL --seed N.
+deleted and starts anew. The page, docs/studies/NAME.md, is written anew after each run. On a
+cluster, make each run a job of its own: --only CELL --seed N.
 
 A study file has
 
@@ -24,7 +24,8 @@ A study file has
     metrics             of each data set, for instance [gIoU, cIoU, N_acc]
     groups              optional {title: {label: cell}}: the tables; a cell may be in several
 
-Where options and cells do not say otherwise (TEST.EVAL_PERIOD), a run is evaluated once, at its end.
+Where options and cells do not say otherwise (TEST.EVAL_PERIOD), a run is evaluated once, at its
+end.
 """
 
 import argparse
@@ -175,7 +176,8 @@ class Run(Training):
             name: load_json(f"{self.folder}/inference/{name}/results.json")["referring"]
             for name in self.cfg.DATASETS.TEST
         }
-        # Each is the median of the last 20 steps; there is none of the first three steps of a process.
+        # Each is the median of the last 20 steps; there is none of the first three steps of a
+        # process.
         times = [line["time"] for line in read_history(self.folder) if "time" in line]
         with torch.device("meta"):
             model = META_ARCH_REGISTRY.get(self.cfg.MODEL.META_ARCHITECTURE)(self.cfg)

@@ -4,9 +4,9 @@
     python tools/webdemo.py
     python tools/webdemo.py --model my_model --port 8000 MODEL.DEVICE cuda
 
-It needs gradio (pip install -e '.[web]') and a browser, but no network: nothing is fetched, sent or shared.
-The default is the small model that comes with ris_d2 and knows RefShapes alone. --host 0.0.0.0 lets other
-machines in: anyone who reaches the port may use the model.
+It needs gradio (pip install -e '.[web]') and a browser, but no network: nothing is fetched, sent or
+shared. The default is the small model that comes with ris_d2 and knows RefShapes alone. --host
+0.0.0.0 lets other machines in: anyone who reaches the port may use the model.
 """
 
 import argparse

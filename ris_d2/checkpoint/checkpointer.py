@@ -64,8 +64,8 @@ def load_init(model: nn.Module, init: Iterable[Sequence[str]]) -> dict[str, tupl
     resized, ignored and missing.
 
     Args:
-        model: a meta-architecture with ``weight_parts``: source -> path of a sub-module, or names of
-            several children, which the converted names then begin with.
+        model: a meta-architecture with ``weight_parts``: source -> path of a sub-module, or names
+            of several children, which the converted names then begin with.
         init: (source, path) pairs; a path is a file or a URL (https://, hf://, timm://).
 
     Returns:
@@ -86,7 +86,8 @@ def load_init(model: nn.Module, init: Iterable[Sequence[str]]) -> dict[str, tupl
         state_dict = _converted(published, source, path)
         fit = _fit(part, state_dict)
         fit.ignored += _dropped_by_conversion(unwrap_state_dict(published), state_dict)
-        into = ", ".join(_part_names(model, source)) or "model"
+        names = model.weight_parts[source]
+        into = (names if isinstance(names, str) else ", ".join(names)) or "model"
         logger.info("MODEL.INIT %s from %s into %s: %s", source, path, into, fit)
         unfilled = [
             name
@@ -247,37 +248,31 @@ class RISCheckpointer(DetectionCheckpointer):
         broken = _not_finite(state_dict)
         if broken:
             raise FloatingPointError(
-                f"{path} is not written: {len(broken)} tensors of the model are infinite or NaN"
-                f"{_some(broken)}"
+                f"{path} is not written: {len(broken)} tensors are infinite or NaN{_some(broken)}"
             )
-        left_out = [] if self.save_frozen else self._reproducible_frozen_names()
+        data = {"model": state_dict, **extra}
+        left_out = [
+            key
+            for key, parameter in self.model.named_parameters()
+            if not (self.save_frozen or parameter.requires_grad) and key in self._filled_by_init
+        ]
         for key in left_out:
             del state_dict[key]
-        data = {"model": state_dict, **extra}
         if left_out:
-            data["frozen_sources"] = self._describe_sources(left_out)
+            sources = sorted({self._filled_by_init[key] for key in left_out})
+            data["frozen_sources"] = [[*source, self._hash(source[1])] for source in sources]
         logger.info("Saving checkpoint to %s (%d frozen tensors left out)", path, len(left_out))
         with atomic_write(path, "wb") as file:
             try:
                 torch.save(data, file)
             except RuntimeError as error:
-                # On a full disk torch fails once more when it closes its archive ("unexpected pos").
+                # On a full disk torch fails once more when it closes its archive ("unexpected
+                # pos").
                 cause = error.__context__
                 if not isinstance(cause, OSError):
                     raise
                 raise OSError(cause.errno, cause.strerror, path) from None
         return True
-
-    def _reproducible_frozen_names(self) -> list[str]:
-        return [
-            name
-            for name, parameter in self.model.named_parameters()
-            if not parameter.requires_grad and name in self._filled_by_init
-        ]
-
-    def _describe_sources(self, names: Iterable[str]) -> list[list[str]]:
-        sources = sorted({self._filled_by_init[name] for name in names})
-        return [[source, path, self._hash(path)] for source, path in sources]
 
     def _hash(self, path: str) -> str:
         if path not in self._hashes:
@@ -294,33 +289,18 @@ class RISCheckpointer(DetectionCheckpointer):
             state_dict = convert_released(content)
             fit = _fit(self.model, state_dict)
         fit.ignored += _dropped_by_conversion(content, state_dict)
-        init = self._frozen_sources(checkpoint.pop("frozen_sources", None))
-        if init is None and (fit.missing or fit.misshapen):
-            init = self.init
-        self._check_filled(fit, self._names_that_init_fills(init or []))
+        init = self.init if fit.missing or fit.misshapen else []
+        if "frozen_sources" in checkpoint:
+            init = [self._find_source(*entry) for entry in checkpoint.pop("frozen_sources")]
+        self._check_filled(fit, init)
         _check_finite(fit.used, self._loading)
-        filled = load_init(self.model, init or [])
+        filled = load_init(self.model, init)
         logger.info("Checkpoint %s: %s", self._loading, fit)
         missing = [name for name in fit.missing + fit.misshapen if name not in filled]
         if missing:
             logger.warning("No file fills %d tensors%s", len(missing), _some(missing))
         self.model.load_state_dict(fit.used, strict=False)
         self._filled_by_init = {k: v for k, v in filled.items() if k not in fit.used}
-
-    def _names_that_init_fills(self, init: Iterable[Sequence[str]]) -> set[str]:
-        parts = [name for source, _ in init for name in _part_names(self.model, source)]
-        return {
-            name
-            for name in self.model.state_dict()
-            if any(not part or name.startswith(f"{part}.") for part in parts)
-        }
-
-    def _frozen_sources(
-        self, recorded: Sequence[Sequence[str]] | None
-    ) -> list[tuple[str, str]] | None:
-        if recorded is None:
-            return None
-        return [self._find_source(*entry) for entry in recorded]
 
     def _find_source(self, source: str, recorded_path: str, digest: str) -> tuple[str, str]:
         """Find the file of that hash where MODEL.INIT says, else where it was at saving."""
@@ -341,7 +321,9 @@ class RISCheckpointer(DetectionCheckpointer):
             f"MODEL.INIT '[[\"{source}\", PATH]]'"
         )
 
-    def _check_filled(self, fit: _Fit, by_init: set[str]) -> None:
+    def _check_filled(self, fit: _Fit, init: Iterable[Sequence[str]]) -> None:
+        parts = [_part(self.model, source) for source, _ in init]
+        by_init = {prefix + name for prefix, part in parts for name in part.state_dict()}
         sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
         filled = fit.used.keys() | by_init
         unfilled = [n for n in fit.missing + fit.misshapen if n not in by_init]
@@ -350,29 +332,24 @@ class RISCheckpointer(DetectionCheckpointer):
         own = sum(size for name, size in sizes.items() if name in fit.used) / total
         if share < self._required or (self._required == 1.0 and unfilled):
             raise ValueError(
-                f"{self._loading} fills {own:.1%} of {type(self.model).__name__}'s parameters"
-                f" ({share:.1%} with MODEL.INIT, {self._required:.0%} needed): {fit}. It is a checkpoint of another method, or "
-                "of another configuration of this one"
+                f"{self._loading} fills {own:.1%} of {type(self.model).__name__}'s parameters "
+                f"({share:.1%} with MODEL.INIT, {self._required:.0%} needed): {fit}. It is of "
+                "another method, or of another configuration of this one"
             )
 
 
-def _part_names(model: nn.Module, source: str) -> tuple[str, ...]:
-    """Paths of the sub-modules that a source fills; "" is the model itself."""
+def _part(model: nn.Module, source: str) -> tuple[str, nn.Module]:
+    """What a source fills, and what to put before its names to get the model's."""
     parts = getattr(model, "weight_parts", {})
     if source not in parts:
         raise ValueError(
             f"MODEL.INIT names {source!r}, but {type(model).__name__} has parts for "
             f"{', '.join(sorted(parts)) or 'no source'} only"
         )
-    return (parts[source],) if isinstance(parts[source], str) else tuple(parts[source])
-
-
-def _part(model: nn.Module, source: str) -> tuple[str, nn.Module]:
-    """What a source fills, and what to put before its names to get the model's."""
-    names = _part_names(model, source)
-    if not isinstance(model.weight_parts[source], str):
-        return "", nn.ModuleDict({name: model.get_submodule(name) for name in names})
-    return f"{names[0]}." if names[0] else "", model.get_submodule(names[0])
+    path = parts[source]
+    if not isinstance(path, str):
+        return "", nn.ModuleDict({name: model.get_submodule(name) for name in path})
+    return f"{path}." if path else "", model.get_submodule(path)  # "" is the model itself
 
 
 def _fit(module: nn.Module, state_dict: dict[str, Tensor]) -> _Fit:
@@ -390,17 +367,11 @@ def _fit(module: nn.Module, state_dict: dict[str, Tensor]) -> _Fit:
         state_dict.update({prefix + k: v for k, v in fitted.items()})
         resized += [prefix + k for k in names]
     expected = module.state_dict()
-    used, misshapen = {}, []
-    for name in expected.keys() & state_dict.keys():
-        if state_dict[name].shape == expected[name].shape:
-            used[name] = state_dict[name]
-        else:
-            misshapen.append(name)
-    missing = [
-        name for name in expected.keys() - state_dict.keys() if not name.endswith(_NEGLIGIBLE)
-    ]
-    ignored = sorted(state_dict.keys() - expected.keys())
-    return _Fit(used, resized, ignored, sorted(missing), sorted(misshapen))
+    common = expected.keys() & state_dict.keys()
+    used = {n: state_dict[n] for n in common if state_dict[n].shape == expected[n].shape}
+    missing = [n for n in expected.keys() - state_dict.keys() if not n.endswith(_NEGLIGIBLE)]
+    ignored, misshapen = state_dict.keys() - expected.keys(), common - used.keys()
+    return _Fit(used, resized, sorted(ignored), sorted(missing), sorted(misshapen))
 
 
 def _not_finite(state_dict: Mapping[str, Tensor]) -> list[str]:

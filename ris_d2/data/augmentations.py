@@ -1,8 +1,8 @@
 """From the original image to the model's input: Augmentations and Transforms of detectron2's kind.
 
 What is random here takes its numbers from ``rng``, the random numbers of the draw, so that training
-resumes exactly; detectron2's own augmentations may stand in the list too, but draw from numpy's global
-generator.
+resumes exactly; detectron2's own augmentations may stand in the list too, but draw from numpy's
+global generator.
 """
 
 import math
@@ -32,9 +32,7 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
         ris.SIZE, ris.GEOMETRY, ris.INTERPOLATION, ris.MASK_SAMPLE, color=ris.LETTERBOX_COLOR
     )
     if affine.ENABLED and (ris.GEOMETRY != "letterbox" or ris.VIEWS):
-        raise ValueError(
-            "INPUT.RIS.AFFINE needs GEOMETRY letterbox and no VIEWS, which would not move along"
-        )
+        raise ValueError("INPUT.RIS.AFFINE needs GEOMETRY letterbox, and no VIEWS")
     # One that is off draws no random numbers, except the flip: runs of old resume exactly.
     augmentations = [RandomFlip(ris.FLIP_PROB)]
     if ris.BRIGHTNESS or ris.SATURATION:

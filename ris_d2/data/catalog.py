@@ -1,4 +1,4 @@
-"""Dataset names and files in detectron2's catalogs; mixtures without leaked images; seen classes."""
+"""Datasets in detectron2's catalogs: names, splits, files; mixtures without leaked images."""
 
 import difflib
 import logging
@@ -47,11 +47,10 @@ class Dataset:
         return [os.path.join(root, file.format(split=split)) for file in self.files]
 
     def class_splits(self) -> tuple[str, ...]:
-        """The names of the splits by object class."""
-        if not self.by_class:
-            return ()
-        evaluation = [split for split in self.splits if split != "train"]
-        return ("train_seen", *(f"{s}_{kind}" for s in evaluation for kind in (*GROUPS, "open")))
+        """The names of the splits by object class; the first split is train."""
+        kinds = (*GROUPS, "open")
+        evaluation = [f"{split}_{kind}" for split in self.splits[1:] for kind in kinds]
+        return ("train_seen", *evaluation) if self.by_class else ()
 
     @without_collecting()
     def load(self, root: str, split: str, *, skipped: Skipped | None = None) -> list[dict]:
@@ -70,96 +69,81 @@ class Dataset:
         return select_classes(records, groups, instances_path=paths[1], name=f"{self.name}_{whole}")
 
 
-_UNC = ("train", "val", "testA", "testB")
-_REFCOCO = Dataset(
-    name="ris_refcoco_unc",
-    source="refcoco",
-    splits=_UNC,
-    image_root="images/train2014",
-    files=("refcoco/refs(unc).p", "refcoco/instances.json"),
-    reader=load_refer,
-    by_class=True,
-)
+_UNC, _TWO, _THREE = ("train", "val", "testA", "testB"), ("train", "val"), ("train", "val", "test")
 
 
-def _like_refcoco(folder: str, splitby: str, splits: tuple[str, ...], **changes) -> Dataset:
+def _refer(folder: str, splitby: str, splits: tuple[str, ...], **changes) -> Dataset:
+    """A dataset whose files lie as those of RefCOCO do."""
     values = {
         "name": f"ris_{folder}_{splitby}",
         "source": folder,
         "splits": splits,
+        "image_root": "images/train2014",
         "files": (f"{folder}/refs({splitby}).p", f"{folder}/instances.json"),
+        "reader": load_refer,
     }
-    return replace(_REFCOCO, **(values | changes))
+    return Dataset(**(values | changes))
 
 
-def _refshapes(
-    dataset: Dataset, name: str, *more_splits: str, folder: str = "refshapes"
-) -> Dataset:
-    # RefShapes is laid out as a root of its own, in the formats of RefCOCO and gRefCOCO.
-    return replace(
-        dataset,
-        name=f"ris_{name}",
-        source=name,
-        splits=dataset.splits + more_splits,
-        image_root=f"{folder}/{dataset.image_root}",
-        files=tuple(f"{folder}/{file}" for file in dataset.files),
-    )
-
-
-_GREFCOCO = _like_refcoco(
+_REFCOCO = _refer("refcoco", "unc", _UNC, by_class=True)
+_GREFCOCO = _refer(
     "grefcoco",
     "unc",
     _UNC,
     files=("grefcoco/grefs(unc).json", "grefcoco/instances.json"),
     reader=load_grefer,
-    by_class=False,
 )
-_TWO, _THREE = ("train", "val"), ("train", "val", "test")
-_REFZOM = {
-    "name": "ris_refzom_final",
-    "source": "refzom",
-    "image_root": "images",
-    "reader": load_refzom,
-    "by_class": False,
-}
-_RRSISD = {"image_root": "images/rrsisd/JPEGImages", "by_class": False}
-_REFCLEF = {"image_root": "images/saiapr_tc-12", "reader": load_refclef, "by_class": False}
+_REFZOM = {"name": "ris_refzom_final", "source": "refzom", "image_root": "images"}
+_REFCLEF = {"image_root": "images/saiapr_tc-12", "reader": load_refclef}
+
+
+def _refshapes(version: str = "") -> list[Dataset]:
+    """RefShapes is laid out as a root of its own, in the formats of RefCOCO and gRefCOCO."""
+    folder = f"refshapes{version}"
+    return [
+        replace(
+            dataset,
+            name=f"ris_{name}{version}",
+            source=f"{name}{version}",
+            splits=dataset.splits + more_splits,
+            image_root=f"{folder}/{dataset.image_root}",
+            files=tuple(f"{folder}/{file}" for file in dataset.files),
+        )
+        for dataset, name, more_splits in (
+            (_REFCOCO, "refshapes", ()),
+            (_GREFCOCO, "grefshapes", ("heldout",)),
+        )
+    ]
+
 
 DATASETS: tuple[Dataset, ...] = (
     _REFCOCO,
-    _like_refcoco("refcoco+", "unc", _UNC),
-    _like_refcoco("refcocog", "umd", _THREE),
-    _like_refcoco("refcocog", "google", _TWO),
+    _refer("refcoco+", "unc", _UNC, by_class=True),
+    _refer("refcocog", "umd", _THREE, by_class=True),
+    _refer("refcocog", "google", _TWO, by_class=True),
     _GREFCOCO,
-    *(
-        _like_refcoco(f"r{n}", "unc", _TWO, by_class=False)
-        for n in ("refcoco", "refcoco+", "refcocog")
-    ),
-    _like_refcoco("ref-zom", "final", ("train", "test"), **_REFZOM),
-    _like_refcoco("rrsisd", "unc", _THREE, **_RRSISD),
-    _like_refcoco("refclef", "unc", (*_UNC, "testC"), **_REFCLEF),
-    _like_refcoco("refclef", "berkeley", _THREE, **_REFCLEF),
+    *(_refer(f"r{name}", "unc", _TWO) for name in ("refcoco", "refcoco+", "refcocog")),
+    _refer("ref-zom", "final", ("train", "test"), reader=load_refzom, **_REFZOM),
+    _refer("rrsisd", "unc", _THREE, image_root="images/rrsisd/JPEGImages"),
+    _refer("refclef", "unc", (*_UNC, "testC"), **_REFCLEF),
+    _refer("refclef", "berkeley", _THREE, **_REFCLEF),
     Dataset(
         name="ris_phrasecut",
         source="phrasecut",
-        splits=("train", "val", "test", "miniv"),
+        splits=(*_THREE, "miniv"),
         image_root="phrasecut/images",
         files=("phrasecut/refer_{split}.json", "phrasecut/image_data_split.json"),
         # One file per split.
         reader=lambda *paths_and_split, **options: load_phrasecut(*paths_and_split[:-1], **options),
     ),
-    _refshapes(_REFCOCO, "refshapes"),
-    _refshapes(_GREFCOCO, "grefshapes", "heldout"),
-    _refshapes(_REFCOCO, "refshapes_hard_v1", folder="refshapes_hard_v1"),
-    _refshapes(_GREFCOCO, "grefshapes_hard_v1", "heldout", folder="refshapes_hard_v1"),
+    *_refshapes(),
+    *_refshapes("_hard_v1"),
 )
 
 # Training sets of several datasets.
 MIXTURES: dict[str, tuple[str, ...]] = {
-    "ris_refcoco_mixed_train": (
-        "ris_refcoco_unc_train",
-        "ris_refcoco+_unc_train",
-        "ris_refcocog_umd_train",
+    "ris_refcoco_mixed_train": tuple(
+        f"ris_{name}_train" for name in ("refcoco_unc", "refcoco+_unc", "refcocog_umd")
     ),
     "ris_grefcoco_unc_train_full": ("ris_grefcoco_unc_train", "ris_refcoco_unc_train"),
 }
@@ -252,9 +236,7 @@ def register_from_config(cfg: CfgNode) -> None:
     """
     for entry in cfg.DATASETS.RIS_JSON:
         if [*map(type, entry)] != [str] * 3:
-            raise ValueError(
-                f"DATASETS.RIS_JSON: {entry!r} must be three texts: name, json file, image folder"
-            )
+            raise ValueError(f"DATASETS.RIS_JSON: {entry!r} is no [name, json file, image folder]")
         name, json_file, image_root = entry
         register_ris_json(name, _found(json_file), _found(image_root))
 
@@ -273,7 +255,11 @@ def check_files(name: str) -> None:
         ValueError: no such dataset; the message lists what is known.
     """
     if name not in DatasetCatalog:
-        known = sorted(filter(_is_referring, DatasetCatalog.list()))
+        known = sorted(
+            other
+            for other in DatasetCatalog.list()
+            if MetadataCatalog.get(other).get("evaluator_type") == "referring"
+        )
         close = difflib.get_close_matches(name, DatasetCatalog.list(), 1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ValueError(f"unknown dataset {name!r}; {hint}known: {', '.join(known)}")
@@ -289,14 +275,9 @@ def _check_there(name: str, paths: Sequence[str]) -> None:
     missing = [os.path.abspath(path) for path in paths if not os.path.exists(path)]
     if missing:
         raise FileNotFoundError(
-            f"{name}: no such file: {', '.join(missing)}. The root is $DETECTRON2_DATASETS, now "
-            f"{dataset_root()!r}; datasets/README.md says where to get the files, "
-            "datasets/prepare.py what is there"
+            f"{name}: no such file: {', '.join(missing)}. $DETECTRON2_DATASETS is "
+            f"{dataset_root()!r}; datasets/README.md says where to get the files"
         )
-
-
-def _is_referring(name: str) -> bool:
-    return MetadataCatalog.get(name).get("evaluator_type") == "referring"
 
 
 def load_records(names: Sequence[str], *, drop_eval_images: bool) -> list[dict]:
@@ -353,9 +334,8 @@ def _eval_images(dataset: Dataset) -> set[str]:
             images.update(map(image_key, dataset.load(dataset_root(), split)))
         except (FileNotFoundError, MissingSplitError) as error:
             raise type(error)(
-                f"{error}. {dataset.name}_{split} is needed because a mixed training set leaves "
-                "out the images of its members' evaluation splits; DATASETS.DROP_EVAL_IMAGES False "
-                "trains without leaving out any"
+                f"{error}. A mixed training set leaves out the images of {dataset.name}_{split}; "
+                "with DATASETS.DROP_EVAL_IMAGES False it does not"
             ) from error
     return images
 
@@ -369,8 +349,7 @@ def _without(records: list[dict], eval_images: set[str], name: str) -> list[dict
     )
     if records and not kept:
         raise ValueError(
-            f"{name}: every image is used by an evaluation split; it cannot be part of a mixed "
-            "training set unless DATASETS.DROP_EVAL_IMAGES is False"
+            f"{name}: every image is used by an evaluation split (DATASETS.DROP_EVAL_IMAGES)"
         )
     return kept
 

@@ -11,9 +11,9 @@ from .units import take
 logger = logging.getLogger(__name__)
 
 GROUPS = ("seen", "unseen")
-# The 48 seen and 17 unseen COCO classes of open-vocabulary detection; COCO's other 15 are in neither.
-# VIPA's Table IV takes its setting from CGFormer, which publishes no list of classes, only the numbers
-# below. That it means these classes is our inference.
+# The 48 seen and 17 unseen COCO classes of open-vocabulary detection; COCO's other 15 are in
+# neither. VIPA's Table IV takes its setting from CGFormer, which publishes no list of classes, only
+# the numbers below. That it means these classes is our inference.
 COCO_48_17 = os.path.join(os.path.dirname(__file__), "coco_48_17.json")
 
 # Referents of each group according to CGFormer (utils/dataset_open.py). Its RefCOCO and RefCOCO+
@@ -53,7 +53,7 @@ def load_class_list(path: str | os.PathLike) -> dict[str, frozenset[str]]:
 def select_classes(
     records: Sequence[dict], groups: Sequence[str], *, instances_path: str, name: str
 ) -> list[dict]:
-    """Keep the expressions whose targets all belong to one of the groups, and say how many they are.
+    """Keep the expressions whose targets all belong to one of the groups; log how many they are.
 
     Args:
         records: of one split, as the readers make them; they are not changed.
@@ -74,9 +74,8 @@ def select_classes(
         unknown = classes[group].difference(category_names)
         if unknown == classes[group]:
             raise ValueError(
-                f"{path}: the dataset knows none of the {group} classes; its own are "
-                f"{sorted(category_names)}. A seen_unseen.json beside its instances.json takes the "
-                "place of the default list"
+                f"{path}: the dataset knows none of the {group} classes, but "
+                f"{sorted(category_names)}; name them in a seen_unseen.json beside its instances"
             )
         if unknown:
             missing = ", ".join(sorted(unknown))

@@ -6,29 +6,19 @@ from typing import Any
 from .refer import load_refer
 
 
-def load_grefer(
-    grefs_path: str | os.PathLike,
-    instances_path: str | os.PathLike,
-    image_root: str,
-    split: str,
-    **options: Any,
-) -> list[dict]:
+def load_grefer(grefs_path: str | os.PathLike, *where: str, **options: Any) -> list[dict]:
     """Read one split of gRefCOCO (github.com/henghuiding/gRefCOCO).
 
-    As ``load_refer``, whose ``options`` it takes, except that ``ann_id`` is a list; ``[-1]`` or
-    ``no_target: true`` gives expressions with ``annotation_ids == []``. Annotations of crowds are no
-    part of the ground truth, as in ReLA (gres_model/data/datasets/grefcoco.py); a ref with no other
-    target is left out.
+    As ``load_refer``, whose arguments it takes, except that ``ann_id`` is a list; ``[-1]`` or
+    ``no_target: true`` gives expressions with ``annotation_ids == []``. Annotations of crowds are
+    no part of the ground truth, as in ReLA (gres_model/data/datasets/grefcoco.py); a ref with no
+    other target is left out.
 
     Args:
         grefs_path: ``grefs(unc).json``, or the same list as a pickle, ``grefs(unc).p``.
     """
-    options = {
-        "source": "grefcoco",
-        "annotation_ids_of": _annotation_ids,
-        "crowds": False,
-    } | options
-    return load_refer(grefs_path, instances_path, image_root, split, **options)
+    ours = {"source": "grefcoco", "annotation_ids_of": _annotation_ids, "crowds": False}
+    return load_refer(grefs_path, *where, **(ours | options))
 
 
 def _annotation_ids(ref: dict) -> list[int]:
@@ -38,7 +28,6 @@ def _annotation_ids(ref: dict) -> list[int]:
         return []
     if no_target is not False or not ids:
         raise ValueError(
-            f"field 'ann_id' is {ids} and 'no_target' is {no_target!r}; no target is [-1], "
-            "anything else lists annotation ids"
+            f"field 'ann_id' is {ids} and 'no_target' is {no_target!r}; no target is [-1]"
         )
     return ids

@@ -39,7 +39,8 @@ def images_in(folder: str | os.PathLike) -> list[str]:
 def read_image(file_name: str | os.PathLike) -> np.ndarray:
     """Read an image as uint8 (H,W,3) RGB, turned as its EXIF orientation says.
 
-    Grey, palette and CMYK are converted, 16-bit grey is scaled, transparency is composited on white.
+    Grey, palette and CMYK are converted, 16-bit grey is scaled, transparency is composited on
+    white.
 
     Raises:
         FileNotFoundError: no such file.
@@ -51,8 +52,7 @@ def read_image(file_name: str | os.PathLike) -> np.ndarray:
             data = file.read()
     except (FileNotFoundError, IsADirectoryError) as error:
         raise FileNotFoundError(
-            f"{name}: no such image; of a dataset: are its images under $DETECTRON2_DATASETS "
-            "complete?"
+            f"{name}: no such image; are those of the dataset under $DETECTRON2_DATASETS complete?"
         ) from error
     except ValueError as error:
         raise ValueError(f"{name!r} is no name of a file: {error}") from error
@@ -111,9 +111,7 @@ def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
         grey = np.rint(np.asarray(image).astype(np.float32) / 257).astype(np.uint8)
         return _array_to_rgb(grey)
     if image.mode in ("I", "F"):
-        raise ValueError(
-            f"a PIL image of mode {image.mode!r} has no known range of values; give it as 8-bit"
-        )
+        raise ValueError(f"a PIL image of mode {image.mode!r} has no known range: give 8 bits")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, "white")
@@ -127,9 +125,7 @@ def _array_to_rgb(array: np.ndarray) -> np.ndarray:
         raise ValueError(f"an image array must be uint8 with values 0..255, got {array.dtype}")
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.ndim not in (2, 3) or channels not in (1, 3, 4) or array.size == 0:
-        raise ValueError(
-            f"an image array must be (H,W,3) RGB, (H,W) grey or (H,W,4) RGBA, got {array.shape}"
-        )
+        raise ValueError(f"an image is (H,W,3) RGB, (H,W) grey or (H,W,4) RGBA, not {array.shape}")
     check_size(*array.shape[:2])
     if channels == 1:
         return np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)

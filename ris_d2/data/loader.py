@@ -55,7 +55,10 @@ def build_train_loader(cfg: CfgNode, *, mapper: Mapper | None = None) -> "Resuma
         f"{len(units)} training units ({cfg.INPUT.RIS.UNIT}) in {len(records)} images of "
         f"{', '.join(cfg.DATASETS.TRAIN)}"
     )
-    conversion = NonReferentConversion(cfg)
+    nsc = cfg.INPUT.RIS.NSC
+    conversion = NonReferentConversion(
+        rate=nsc.RATE, min_words=nsc.MIN_WORDS, max_similarity=nsc.SIMILARITY, rules=nsc.RULES
+    )
     return ResumableTrainLoader(
         records=records,
         units=units,
@@ -70,64 +73,54 @@ def build_train_loader(cfg: CfgNode, *, mapper: Mapper | None = None) -> "Resuma
     )
 
 
+@dataclass(kw_only=True)
 class ResumableTrainLoader:
     """Micro-batches that are a function of the seed and the optimizer step alone.
 
     They are the same with any number of workers, and from step k on the same whether the run came
     from step 0 or resumed at k. Several processes share the draws of a step.
 
-    Attributes:
-        start: optimizer step to begin at; set it before the first batch is asked for.
+    Args:
+        records, units: see :func:`ris_d2.data.units.build_units`.
+        mapper: mapper(unit record, rng) -> model input.
+        conversion: of some units' sentences, before they are mapped.
         seed: of all data randomness; a resumed run sets the one it was started with.
-        units_per_epoch: draws until each unit was seen once.
+        units_per_step: of all processes and micro-batches together.
+        accumulation: micro-batches per optimizer step.
+        start: optimizer step to begin at; set it before the first batch is asked for.
+
+    Raises:
+        ValueError: units_per_step is no positive multiple of world_size x accumulation.
     """
 
-    def __init__(
-        self,
-        *,
-        records: Sequence[dict],
-        units: Units,
-        mapper: Mapper,
-        conversion: NonReferentConversion | None = None,
-        seed: int,
-        units_per_step: int,
-        accumulation: int = 1,
-        num_workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        """
-        Args:
-            records, units: see :func:`ris_d2.data.units.build_units`.
-            mapper: mapper(unit record, rng) -> model input.
-            conversion: of some units' sentences, before they are mapped.
-            units_per_step: of all processes and micro-batches together.
-            accumulation: micro-batches per optimizer step.
+    records: Sequence[dict]
+    units: Units
+    mapper: Mapper
+    conversion: Callable[..., dict] | None = None
+    seed: int
+    units_per_step: int
+    accumulation: int = 1
+    num_workers: int = 0
+    rank: int = 0
+    world_size: int = 1
+    start: int = 0
 
-        Raises:
-            ValueError: units_per_step is no positive multiple of world_size x accumulation.
-        """
-        if accumulation < 1:
-            raise ValueError(f"SOLVER.RIS.ACCUMULATION must be at least 1, not {accumulation}")
-        if units_per_step < 1 or units_per_step % (world_size * accumulation):
+    def __post_init__(self) -> None:
+        if self.accumulation < 1:
+            raise ValueError(f"SOLVER.RIS.ACCUMULATION must be at least 1, not {self.accumulation}")
+        if self.units_per_step < 1 or self.units_per_step % (self.world_size * self.accumulation):
             raise ValueError(
-                f"SOLVER.IMS_PER_BATCH {units_per_step} is not a multiple of {world_size} processes"
-                f" x SOLVER.RIS.ACCUMULATION {accumulation}"
+                f"SOLVER.IMS_PER_BATCH {self.units_per_step} is not a multiple of {self.world_size} "
+                f"processes x SOLVER.RIS.ACCUMULATION {self.accumulation}"
             )
-        self.start = 0
-        self.seed = seed
-        self.units_per_epoch = len(units)
-        self._records = _shared(records)
-        self._units = units
-        self._mapper = mapper
-        if conversion is not None:
-            conversion = functools.partial(conversion, pool=SentencePool(self._records))
-        self._conversion = conversion
-        self._accumulation = accumulation
-        self._batch_size = units_per_step // (world_size * accumulation)
-        self._num_workers = num_workers
-        self._rank = rank
-        self._world_size = world_size
+        self.records = _shared(self.records)
+        if self.conversion:
+            self.conversion = functools.partial(self.conversion, pool=SentencePool(self.records))
+
+    @property
+    def units_per_epoch(self) -> int:
+        """Draws until each unit was seen once."""
+        return len(self.units)
 
     def __iter__(self) -> Iterator[list[dict]]:
         """Yield this process' micro-batches, ``accumulation`` of them per optimizer step.
@@ -135,21 +128,21 @@ class ResumableTrainLoader:
         A generator: detectron2 0.6 calls iter() in the trainer's constructor, before a checkpoint
         can say where to start.
         """
-        draws = Draws(self._units, seed=self.seed)
-        first = self.start * self._accumulation * self._world_size + self._rank
-        size = self._batch_size
+        draws = Draws(self.units, seed=self.seed)
+        first = self.start * self.accumulation * self.world_size + self.rank
+        size = self.units_per_step // (self.world_size * self.accumulation)
         loader = DataLoader(
-            _DrawnUnits(self._records, draws, self._mapper, self._conversion),
+            _DrawnUnits(self.records, draws, self.mapper, self.conversion),
             batch_sampler=(  # the numbers of the draws of each of this process' batches
                 list(range(batch * size, (batch + 1) * size))
-                for batch in itertools.count(first, self._world_size)
+                for batch in itertools.count(first, self.world_size)
             ),
-            num_workers=self._num_workers,
+            num_workers=self.num_workers,
             collate_fn=list,
             worker_init_fn=_init_worker,
             generator=torch.Generator(),  # its own: starting workers draws no global random number
         )
-        log = ConversionLog() if self._conversion else None
+        log = ConversionLog() if self.conversion else None
         for batch in loader:
             if log:
                 log.count(batch)
@@ -223,8 +216,8 @@ def shard(counts: Sequence[int], *, rank: int, world_size: int) -> range:
         Image indices; the ranges of all ranks in order are all the images in order.
     """
     counts = np.asarray(counts)
-    # Each process takes an equal stretch of all expressions; an image goes where the middle one of its
-    # own expressions lies.
+    # Each process takes an equal stretch of all expressions; an image goes where the middle one of
+    # its own expressions lies.
     middles = np.cumsum(counts) - counts / 2
     edges = counts.sum() * np.array([rank, rank + 1]) / world_size
     first, end = np.searchsorted(middles, edges)
@@ -241,7 +234,8 @@ def _init_worker(worker_id: int) -> None:
 
 
 def _obey_parent_alone() -> None:
-    # Schedulers and torchrun end whole groups of processes; the training's last step needs its workers.
+    # Schedulers and torchrun end whole groups of processes; the training's last step needs its
+    # workers.
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -20,7 +20,8 @@ from .units import check_unit, draw_unit, take
 
 logger = logging.getLogger(__name__)
 
-# Of an image's sides from those annotated. RRSIS-D, squares of 800 px, has images of 801 and of 787.
+# Of an image's sides from those annotated. RRSIS-D, squares of 800 px, has images of 801 and of
+# 787.
 MAX_DEVIATION = 0.02
 
 
@@ -110,8 +111,9 @@ class ReferringMapper:
 
         Raises:
             FileNotFoundError: no such image.
-            ValueError: an unreadable image or one of another size than the record says (by more than
-                ``MAX_DEVIATION``; else it is resized, with a warning), an empty sentence, an unknown annotation id, a malformed segmentation.
+            ValueError: an unreadable image or one of another size than the record says (by more
+                than ``MAX_DEVIATION``; else it is resized, with a warning), an empty sentence, an
+                unknown annotation id, a malformed segmentation.
         """
         if self.is_train and rng is None:
             rng = np.random.default_rng(int(torch.empty((), dtype=torch.int64).random_()))
@@ -247,8 +249,8 @@ def _at_annotated_size(image: np.ndarray, record: dict) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
     said = (
-        f"{record['file_name']}: the image is {image.shape[0]} x {image.shape[1]} (height x width), "
-        f"its record says {height} x {width}"
+        f"{record['file_name']}: the image is {image.shape[0]} x {image.shape[1]} "
+        f"(height x width), its record says {height} x {width}"
     )
     if max(abs(image.shape[0] / height - 1), abs(image.shape[1] / width - 1)) > MAX_DEVIATION:
         raise ValueError(said)

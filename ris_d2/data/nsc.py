@@ -1,4 +1,4 @@
-"""Non-referent sample conversion: a target's sentence gives way to one that is not true of the image.
+"""Non-referent sample conversion: a sentence gives way to one that is not true of the image.
 
 An augmentation of DeRIS (Dai et al., ICCV 2025) against the scarcity of sentences without target.
 """
@@ -6,9 +6,9 @@ An augmentation of DeRIS (Dai et al., ICCV 2025) against the scarcity of sentenc
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from detectron2.config import CfgNode, configurable
 
 from .catalog import image_key
 from .tokenizer import clean_text
@@ -55,6 +55,7 @@ class SentencePool:
         ]
 
 
+@dataclass(frozen=True, kw_only=True)
 class NonReferentConversion:
     """Converts a share of the sentences that have a target.
 
@@ -67,46 +68,29 @@ class NonReferentConversion:
        candidate would be true, and the sample false).
 
     Rule "paper" compares words of cleaned sentences; "released" compares characters of raw ones, as
-    the released code does (but, unlike that code, nothing is converted in place for all later epochs).
+    the released code does (but, unlike that code, nothing is converted in place for all later
+    epochs).
+
+    Args:
+        rate: R_c, probability of trying to convert a sentence with a target.
+        min_words: N_w of rule "paper"; rule "released" has 0.
+        max_similarity: T_s, see :func:`similarity`.
+        rules: "paper" or "released".
+
+    Raises:
+        ValueError: unknown rules, or a rate outside of [0, 1].
     """
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        rate: float,
-        min_words: int = 2,
-        max_similarity: float = 0.6,
-        rules: str = "paper",
-    ):
-        """
-        Args:
-            rate: R_c, probability of trying to convert a sentence with a target.
-            min_words: N_w of rule "paper"; rule "released" has 0.
-            max_similarity: T_s, see :func:`similarity`.
-            rules: "paper" or "released".
+    rate: float
+    min_words: int = 2
+    max_similarity: float = 0.6
+    rules: str = "paper"
 
-        Raises:
-            ValueError: unknown rules, or a rate outside of [0, 1].
-        """
-        if rules not in RULES:
-            raise ValueError(f"INPUT.RIS.NSC.RULES is {rules!r}, not one of {', '.join(RULES)}")
-        if not 0 <= rate <= 1:
-            raise ValueError(f"INPUT.RIS.NSC.RATE lies in [0, 1], not {rate}")
-        self.rate = rate
-        self.min_words = min_words
-        self.max_similarity = max_similarity
-        self.rules = rules
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
-        nsc = cfg.INPUT.RIS.NSC
-        return {
-            "rate": nsc.RATE,
-            "min_words": nsc.MIN_WORDS,
-            "max_similarity": nsc.SIMILARITY,
-            "rules": nsc.RULES,
-        }
+    def __post_init__(self) -> None:
+        if self.rules not in RULES:
+            raise ValueError(f"INPUT.RIS.NSC.RULES is {self.rules!r}, not {' or '.join(RULES)}")
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"INPUT.RIS.NSC.RATE lies in [0, 1], not {self.rate}")
 
     def __call__(self, unit: dict, pool: SentencePool, rng: np.random.Generator) -> dict:
         """Convert some of a unit's expressions.
@@ -181,8 +165,8 @@ class ConversionLog:
 def similarity(one: Sequence[str], other: Sequence[str]) -> float:
     """Mean of Jaccard and cosine similarity of two multisets, in [0, 1].
 
-    With shared = sum of min counts: shared / (|a| + |b| - shared), and shared / sqrt(|a| |b|), which
-    is the cosine of the count vectors where nothing occurs twice.
+    With shared = sum of min counts: shared / (|a| + |b| - shared), and shared / sqrt(|a| |b|),
+    which is the cosine of the count vectors where nothing occurs twice.
 
     Args:
         one, other: words, or a str for its characters.

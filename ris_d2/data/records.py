@@ -75,7 +75,7 @@ class InstanceTable:
 
     Args:
         path: of the json, for messages.
-        data: its content.
+        data: its content; None reads it.
 
     Attributes:
         category_names: in the order of the contiguous ids that annotations get.
@@ -84,8 +84,9 @@ class InstanceTable:
         ValueError: a list is missing, or an id occurs twice.
     """
 
-    def __init__(self, path: str, data: dict) -> None:
+    def __init__(self, path: str, data: dict | None = None) -> None:
         self.path = path
+        data = load_json(path) if data is None else data
         with reading(path):
             self._images = by_id(data["images"], "image")
             self._annotations = by_id(data["annotations"], "annotation")
@@ -115,10 +116,8 @@ class InstanceTable:
             raise ValueError(f"there is no annotation with the id {reprlib.repr(annotation_id)}")
         item, entry = self._annotations[annotation_id], f"annotation {annotation_id!r}"
         if item["image_id"] != image["image_id"]:
-            raise ValueError(
-                f"{entry} is on image {reprlib.repr(item['image_id'])}, the expression on image "
-                f"{image['image_id']}"
-            )
+            shown = reprlib.repr(item["image_id"])
+            raise ValueError(f"{entry} is on image {shown}, not on image {image['image_id']}")
         with reading(self.path, entry):
             category = item["category_id"] if self._category_index else None
             if category is not None and category not in self._category_index:
@@ -136,7 +135,7 @@ class InstanceTable:
 
 
 def by_id(items: list, name: str, key: str = "id") -> dict:
-    """{item[key]: item}; ``ValueError`` names the item without a usable id, or the second of one."""
+    """{item[key]: item}; ``ValueError`` names an item without a usable id, or the second of one."""
     found = {}
     for position, item in enumerate(items):
         if not isinstance(item, dict) or not isinstance(item.get(key), int | str | Integral):
@@ -169,18 +168,14 @@ def make_image(item: dict, image_id: int, file_name: str) -> dict:
 
 def load_instances(path: str | os.PathLike) -> InstanceTable:
     """Read an ``instances.json``, see ``kept``. Records share its polygons: they are read-only."""
-    return kept(_read_instances, path)
-
-
-def _read_instances(path: str) -> InstanceTable:
-    return InstanceTable(path, load_json(path))
+    return kept(InstanceTable, path)
 
 
 def kept(read: Callable[[str], Any], path: str | os.PathLike) -> Any:
     """``read(path)``; the latest two are kept until their files change on disk, as read-only.
 
-    Splits of one dataset are mostly asked for in a row, and its two files are large (RefCOCO: 50,000
-    refs; 20,000 images, 200,000 annotations).
+    Splits of one dataset are mostly asked for in a row, and its two files are large (RefCOCO:
+    50,000 refs; 20,000 images, 200,000 annotations).
     """
     path = os.path.abspath(path)
     is_there = os.path.exists(path)

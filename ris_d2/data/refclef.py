@@ -12,16 +12,8 @@ logger = logging.getLogger(__name__)
 KNOWN_MISSING_IMAGES = ("19579.jpg", "17975.jpg", "19575.jpg")
 
 
-def load_refclef(
-    refs_path: str | os.PathLike,
-    instances_path: str | os.PathLike,
-    image_root: str,
-    split: str,
-    *,
-    source: str = "refclef",
-    **options: Any,
-) -> list[dict]:
-    """Read one split of RefCLEF; as ``load_refer``, whose ``options`` it takes, but for the following.
+def load_refclef(*files_and_split: str, source: str = "refclef", **options: Any) -> list[dict]:
+    """Read one split of RefCLEF, as ``load_refer``, whose arguments it takes, except:
 
     Annotation ids are strings in these files and become positions in ``instances.json`` from 1;
     masks are lists of RLE. Images lie in ``image_root`` as <id>.jpg, or in the folders of SAIAPR
@@ -31,13 +23,19 @@ def load_refclef(
     Args:
         split: train, val, testA, testB, testC (unc); train, val, test (berkeley).
     """
-    records = load_refer(refs_path, instances_path, image_root, split, source=source, **options)
+    records = load_refer(*files_and_split, source=source, **options)
     if records and not os.path.exists(records[0]["file_name"]):
         in_folders = [_in_folder(record["file_name"]) for record in records]
         if os.path.exists(in_folders[0]):
             for record, file_name in zip(records, in_folders):
                 record["file_name"] = file_name
-    return [record for record in records if not _known_missing(record)]
+    missing = [record for record in records if _known_missing(record)]
+    for record in missing:
+        logger.warning(
+            "RefCLEF: leaving out %d expressions of %s, an image known to be missing",
+            *(len(record["expressions"]), record["file_name"]),
+        )
+    return [record for record in records if record not in missing]
 
 
 def _in_folder(file_name: str) -> str:
@@ -48,13 +46,5 @@ def _in_folder(file_name: str) -> str:
 
 
 def _known_missing(record: dict) -> bool:
-    if os.path.basename(record["file_name"]) not in KNOWN_MISSING_IMAGES:
-        return False
-    if os.path.exists(record["file_name"]):
-        return False
-    logger.warning(
-        "RefCLEF: leaving out %d expressions of %s, an image known to be missing",
-        len(record["expressions"]),
-        record["file_name"],
-    )
-    return True
+    file_name = record["file_name"]
+    return os.path.basename(file_name) in KNOWN_MISSING_IMAGES and not os.path.exists(file_name)

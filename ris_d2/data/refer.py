@@ -1,4 +1,4 @@
-"""RefCOCO, RefCOCO+, RefCOCOg, R-RefCOCO/+/g, RRSIS-D: REFER's ``refs(<splitby>).p``, ``instances.json`` -> records."""
+"""REFER's ``refs(<splitby>).p`` and ``instances.json`` -> records: RefCOCO/+/g, RRSIS-D, ..."""
 
 import os
 from collections.abc import Callable
@@ -28,8 +28,8 @@ def load_refer(
     A sentence whose ``exist`` is False refers to nothing (R-RefCOCO).
 
     Args:
-        refs_path: ``refs(unc).p``, ``refs(umd).p`` or ``refs(google).p``; a list of refs, as a pickle
-            or json.
+        refs_path: ``refs(unc).p``, ``refs(umd).p`` or ``refs(google).p``; a list of refs, as a
+            pickle or json.
         instances_path: ``instances.json`` of the same dataset, COCO's format.
         image_root: directory of the images.
         split: train, val, testA, testB, testC or test.
@@ -70,25 +70,20 @@ def load_refer(
 
 
 def _add(
-    ref: dict,
-    annotation_ids: list,
-    table: InstanceTable,
-    builder: RecordBuilder,
-    text_field: str,
-    crowds: bool,
+    ref: dict, named: list, table: InstanceTable, builder: RecordBuilder, field: str, crowds: bool
 ) -> None:
     image, ref_id, sentences = table.image(ref["image_id"]), as_id(ref["ref_id"]), ref["sentences"]
-    made = (table.annotation(i, image, builder.skipped, crowds=crowds) for i in annotation_ids)
-    targets = [annotation for annotation in made if annotation]
+    made = (table.annotation(id_, image, builder.skipped, crowds=crowds) for id_ in named)
+    targets = list(filter(None, made))
     if not sentences:
         builder.skipped.whole("refs without sentences", image["image_id"], ref_id, 0)
-    elif annotation_ids and not targets:
+    elif named and not targets:
         kind = "refs without an annotation that can be used"
         builder.skipped.whole(kind, image["image_id"], ref_id, len(sentences))
     else:
         for sentence in sentences:
             meant = targets if sentence.get("exist", True) else []
-            builder.add(image, sentence["sent_id"], ref_id, sentence[text_field], meant)
+            builder.add(image, sentence["sent_id"], ref_id, sentence[field], meant)
 
 
 def _belongs(ref_split: str, split: str) -> bool:

@@ -84,9 +84,7 @@ class Tokenizer:
         if kind not in _FILES:
             raise ValueError(f"tokenizer kind {kind!r} is unknown; there are {', '.join(_FILES)}")
         if max_tokens < 3:
-            raise ValueError(
-                f"INPUT.RIS.MAX_TOKENS is {max_tokens}: too few for start, word and end"
-            )
+            raise ValueError(f"INPUT.RIS.MAX_TOKENS is {max_tokens}: no room for a word")
         self.kind, self.max_tokens, self.clean = kind, max_tokens, clean
         self.file = _find_file(kind, path)
         self.warnings_left = 5
@@ -115,8 +113,8 @@ class Tokenizer:
     def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the ``input_ids`` int64 (E,L) and ``text_mask`` bool (E,L), True = real token.
 
-        A call with words that the tokenizer does not know, or with sentences that are too long, logs
-        one warning that names them all, as long as there are ``warnings_left``.
+        A call with words that the tokenizer does not know, or with sentences that are too long,
+        logs one warning that names them all, as long as there are ``warnings_left``.
 
         Raises ``ValueError`` naming a text in which no word is left.
         """
@@ -163,7 +161,7 @@ class Tokenizer:
         self.warnings_left -= bool(unknown or cut)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Copy what it was read from into ``folder``, from which ``self.file.name`` gives it again."""
+        """Copy what it was read from into ``folder``; its path is ``folder / self.file.name``."""
         os.makedirs(folder, exist_ok=True)
         for file in (self.file, *map(self.file.with_name, _BESIDE)):
             if file.is_file():
@@ -190,9 +188,7 @@ def clean_text(text: str) -> str:
 def _find_file(kind: str, path: str) -> Path:
     """The file to read: ``path`` itself, one in the folder ``path``, or one from the hub."""
     if not path:
-        raise FileNotFoundError(
-            f"INPUT.RIS.TOKENIZER.PATH is empty; kind {kind} needs one: {_ADVICE[kind]}"
-        )
+        raise FileNotFoundError(f"INPUT.RIS.TOKENIZER.PATH is empty ({kind}: {_ADVICE[kind]})")
     tried = [Path(path).expanduser(), Path(dataset_root(), path)]
     found = next((place for place in tried if place.exists()), None) or _fetch(kind, path, tried)
     names = _FILES[kind]
@@ -204,8 +200,7 @@ def _find_file(kind: str, path: str) -> Path:
         if file.is_file():
             return file
     raise FileNotFoundError(
-        f"{found}: no {' and no '.join(names)} in this folder, so there is no tokenizer of kind "
-        f"{kind} to read; {_ADVICE[kind]}"
+        f"{found}: no {' and no '.join(names)} in this folder, for kind {kind}; {_ADVICE[kind]}"
     )
 
 
@@ -243,9 +238,7 @@ class _Pieces:
             self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(file))
             ids = self._pieces.unk_id(), self._pieces.bos_id(), self._pieces.eos_id()
         if ids != (0, 1, 2):
-            raise ValueError(
-                f"{file}: unknown, start and end are pieces {ids}, but BEiT-3's ids need (0, 1, 2)"
-            )
+            raise ValueError(f"{file}: unknown, start, end are pieces {ids}, BEiT-3's (0, 1, 2)")
         if file.name == "beit3.spm" and len(self) != _BEIT3_SIZE:
             raise ValueError(
                 f"{file}: {len(self)} tokens, but the released beit3.spm has {_BEIT3_SIZE}; "
@@ -299,7 +292,8 @@ def _special_ids(kind: str, words, file: Path) -> tuple[int, int, int]:
     missing = [f"{name} token {token}" for name, token in tokens.items() if token not in vocabulary]
     if missing:
         raise ValueError(
-            f"{file}: no {', no '.join(missing)} in its vocabulary of {len(vocabulary)}; it is not a {kind} "
-            f"tokenizer, or tokenizer_config.json beside it does not name them. {_ADVICE[kind]}"
+            f"{file}: no {', no '.join(missing)} in its vocabulary of {len(vocabulary)}; it is "
+            f"not a {kind} tokenizer, or tokenizer_config.json beside it does not name them. "
+            f"{_ADVICE[kind]}"
         )
     return vocabulary[start], vocabulary[end], 0 if kind == "clip" else vocabulary[words.pad_token]

@@ -1,4 +1,4 @@
-"""Processes of distributed training and evaluation: how they start, what they share, how they end."""
+"""Processes of a distributed training: how they start, what they share, how they end."""
 
 import contextlib
 import datetime
@@ -43,8 +43,9 @@ def launch(
 ) -> None:
     """Call ``main(*args)`` in every process: those that torchrun started, or new ones.
 
-    As detectron2's ``launch``, except that processes on CPUs speak gloo on a machine with GPUs, too,
-    that torchrun's processes may call it, and that no process outlives the one that started it.
+    As detectron2's ``launch``, except that processes on CPUs speak gloo on a machine with GPUs,
+    too, that torchrun's processes may call it, and that no process outlives the one that started
+    it.
 
     Args:
         main: importable by name; new processes import it anew.
@@ -66,8 +67,8 @@ def launch(
     else:
         if device.startswith("cuda") and num_processes > torch.cuda.device_count():
             raise ValueError(
-                f"{num_processes} processes for {torch.cuda.device_count()} visible GPUs; start "
-                "fewer (--num-gpus), or run them on the CPU: MODEL.DEVICE cpu"
+                f"{num_processes} processes for {torch.cuda.device_count()} visible GPUs; give a "
+                "smaller --num-gpus, or MODEL.DEVICE cpu"
             )
         if num_machines > 1 and dist_url == "auto":
             raise ValueError("--num-machines needs --dist-url tcp://HOST:PORT of the first machine")
@@ -84,11 +85,12 @@ def launch(
 
 @contextlib.contextmanager
 def claim(folder: str, *, patience: float = 5.0) -> Iterator[None]:
-    """Within, no other process claims ``folder``; the claim ends with this process, however it ends.
+    """Within, no other process claims ``folder``; the claim ends with the process, however it ends.
 
     Args:
         folder: made if absent.
-        patience: seconds to wait for another process, which may have been killed and be about to end.
+        patience: seconds to wait for another process, which may have been killed and be about to
+            end.
 
     Raises:
         BlockingIOError: another process has claimed it.
@@ -99,15 +101,14 @@ def claim(folder: str, *, patience: float = 5.0) -> Iterator[None]:
         while not _lock(file):
             if time.monotonic() > deadline:
                 raise BlockingIOError(
-                    f"another training is at work in {folder}; wait for it, end it, or choose another "
-                    "OUTPUT_DIR"
+                    f"another training is at work in {folder}: end it, or name another OUTPUT_DIR"
                 )
             time.sleep(0.05)
         yield
 
 
 def _lock(file: IO) -> bool:
-    """False if another process has the lock; True if this one has it now, or files cannot be locked."""
+    """False if another process has the lock; True if this one has it, or files have no locks."""
     if fcntl is None:
         return True
     try:

@@ -10,11 +10,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class WeightAverage(HookBase):
-    """Averages the trainable parameters after each step, with min(decay, (1 + t) / (10 + t)) at step t.
+    """Averages the trainable parameters after step t with min(decay, (1 + t) / (10 + t)).
 
-    The average starts with the weights that training starts with; the smaller decay of the first steps
-    forgets them soon. Buffers are the model's own: BatchNorm's statistics are averages already. All
-    processes average the same numbers.
+    The average starts with the weights that training starts with; the smaller decay of the first
+    steps forgets them soon. Buffers are the model's own: BatchNorm's statistics are averages
+    already. All processes average the same numbers.
 
     Args:
         model: the model, or its DistributedDataParallel wrapper.
@@ -22,8 +22,6 @@ class WeightAverage(HookBase):
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        if not 0 <= decay < 1:
-            raise ValueError(f"SOLVER.RIS.EMA is {decay}; it lies in [0, 1)")
         model = getattr(model, "module", model)
         self._decay = decay
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -78,8 +78,8 @@ class Evaluation(hooks.EvalHook):
 class BestCheckpoint(HookBase):
     """Keep the weights of the best evaluation in ``model_best.pth``, on resume too.
 
-    Runs after Evaluation. The score is the mean of ``metric`` over the validation sets ("val" in their
-    name) that define it; over all test sets only if none of them is a validation set.
+    Runs after Evaluation. The score is the mean of ``metric`` over the validation sets ("val" in
+    their name) that define it; over all test sets only if none of them is a validation set.
     ``model_best.json`` beside the weights, {"metric", "value", "iteration": optimizer steps done},
     is written after them and read when a resumed training starts.
 
@@ -157,7 +157,7 @@ class BestCheckpoint(HookBase):
 
 
 class TrainingEnded(BaseException):
-    """Ends a training before its last iteration. No Exception, which detectron2 logs as a failure."""
+    """Ends a training early. No Exception, which detectron2 would log as a failure."""
 
 
 class EarlyStop(HookBase):
@@ -168,12 +168,10 @@ class EarlyStop(HookBase):
     Args:
         best: None on other processes than the main one, which decides.
         patience: SOLVER.RIS.PATIENCE, evaluations.
-        period: TEST.EVAL_PERIOD, iterations.
+        period: TEST.EVAL_PERIOD, iterations; at least 1.
     """
 
     def __init__(self, best: BestCheckpoint | None, patience: int, period: int):
-        if period < 1:
-            raise ValueError("SOLVER.RIS.PATIENCE counts evaluations; set TEST.EVAL_PERIOD, too")
         self._best, self._patience, self._period = best, patience, period
 
     def before_train(self) -> None:
@@ -198,18 +196,18 @@ class EarlyStop(HookBase):
 
 
 class Preempted(SystemExit):
-    """Ends the program with 143, the status that shells give for SIGTERM: the training is not done."""
+    """Ends the program with 143, as shells say SIGTERM: the training is not done."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
 
 
 class Preemption(HookBase):
-    """On SIGTERM to any of the processes, saves a checkpoint and ends all of them after the same step.
+    """On SIGTERM to any process, saves a checkpoint and ends all of them after the same step.
 
     Runs on all processes, before Evaluation, which a resumed training makes up for. Whether one has
-    been asked to end is summed up over CPU tensors while the next step runs: nobody waits for it, and
-    with several processes the training ends one step later than with one.
+    been asked to end is summed up over CPU tensors while the next step runs: nobody waits for it,
+    and with several processes the training ends one step later than with one.
 
     Args:
         checkpointer: writes to its ``save_dir``.

@@ -16,8 +16,8 @@ _ROUNDS = 5
 class Muon(torch.optim.Optimizer):
     """Muon for the groups with "orthogonal", AdamW for all others.
 
-    torch.optim.Muon takes matrices alone, one by one. Here convolutions count as matrices (outputs x
-    all else), and those of one shape are orthogonalised together.
+    torch.optim.Muon takes matrices alone, one by one. Here convolutions count as matrices (outputs
+    x all else), and those of one shape are orthogonalised together.
 
     An update of a matrix has a root mean square of about 0.2, as AdamW's has (Liu et al., "Muon is
     Scalable for LLM Training", Sec. 2.2), times its group's rate.

@@ -33,8 +33,8 @@ def build_optimizer(
     detectron2's SOLVER.BIAS_LR_FACTOR and SOLVER.CLIP_GRADIENTS (CLIP_TYPE value, norm) hold, too.
 
     Args:
-        clips_full_model: ``step`` clips by SOLVER.RIS.CLIP_GRAD_NORM. For trainers that do not; under
-            detectron2's AMPTrainer, too, gradients are unscaled by then.
+        clips_full_model: ``step`` clips by SOLVER.RIS.CLIP_GRAD_NORM. For trainers that do not;
+            under detectron2's AMPTrainer, too, gradients are unscaled by then.
 
     Raises:
         ValueError: unknown optimizer, or see :func:`parameter_groups`.

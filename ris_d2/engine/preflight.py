@@ -10,6 +10,27 @@ from ..data.catalog import check_files
 from ..data.tokenizer import Tokenizer
 
 
+def check_numbers(cfg: CfgNode) -> None:
+    """Check the numbers that a training meets only after its model is built.
+
+    Raises:
+        ValueError: one is out of its range.
+    """
+    solver = cfg.SOLVER
+    for key, value in {
+        "SOLVER.IMS_PER_BATCH": solver.IMS_PER_BATCH,
+        "SOLVER.MAX_ITER": solver.MAX_ITER,
+        "SOLVER.RIS.ACCUMULATION": solver.RIS.ACCUMULATION,
+        "TEST.MAX_EXPRESSIONS": cfg.TEST.MAX_EXPRESSIONS,
+    }.items():
+        if value < 1:
+            raise ValueError(f"{key} is {value}; it must be at least 1")
+    if not 0 <= solver.RIS.EMA < 1:
+        raise ValueError(f"SOLVER.RIS.EMA is {solver.RIS.EMA}; it lies in [0, 1)")
+    if solver.RIS.PATIENCE and cfg.TEST.EVAL_PERIOD < 1:
+        raise ValueError("SOLVER.RIS.PATIENCE counts evaluations; set TEST.EVAL_PERIOD, too")
+
+
 def check_inputs(
     cfg: CfgNode, *, resume: bool = False, eval_only: bool = False, untrained: bool = False
 ) -> None:
@@ -23,18 +44,10 @@ def check_inputs(
     Raises:
         FileNotFoundError: a file or folder of a data set, of the tokenizer, of MODEL.WEIGHTS, or of
             MODEL.INIT (where nothing else fills the model) is missing.
-        ValueError: an unknown data set or source, a number below 1, or an evaluation without
-            weights.
+        ValueError: an unknown data set or source, a number out of its range, or an evaluation
+            without weights.
     """
-    solver = cfg.SOLVER
-    for key, value in {
-        "SOLVER.IMS_PER_BATCH": solver.IMS_PER_BATCH,
-        "SOLVER.MAX_ITER": solver.MAX_ITER,
-        "SOLVER.RIS.ACCUMULATION": solver.RIS.ACCUMULATION,
-        "TEST.MAX_EXPRESSIONS": cfg.TEST.MAX_EXPRESSIONS,
-    }.items():
-        if value < 1:
-            raise ValueError(f"{key} is {value}; it must be at least 1")
+    check_numbers(cfg)
     for name in (*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST):
         check_files(name)
     if not (cfg.DATASETS.TEST if eval_only else cfg.DATASETS.TRAIN):
@@ -50,8 +63,7 @@ def check_inputs(
     if eval_only and not untrained:
         wanted = f"{cfg.OUTPUT_DIR} holds no checkpoint" if resume else "MODEL.WEIGHTS is empty"
         raise ValueError(
-            f"an evaluation needs weights: {wanted}; give MODEL.WEIGHTS FILE, or --untrained to "
-            "evaluate MODEL.INIT and random numbers"
+            f"an evaluation needs weights: {wanted}; give MODEL.WEIGHTS FILE, or --untrained"
         )
     for source, path in cfg.MODEL.INIT:
         get_converter(source)

@@ -82,9 +82,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMult
         return LRMultiplier(optimizer, warmup, solver.MAX_ITER)
     stock = {"step": solver.LR_SCHEDULER_NAME, "cosine": "WarmupCosineLR"}
     if solver.RIS.SCHEDULE not in stock:
-        raise ValueError(
-            f"SOLVER.RIS.SCHEDULE is {solver.RIS.SCHEDULE!r}, not step, cosine or poly"
-        )
+        raise ValueError(f"SOLVER.RIS.SCHEDULE {solver.RIS.SCHEDULE!r} is not step, cosine or poly")
     # detectron2 leaves out the steps past MAX_ITER, and stumbles over one at MAX_ITER.
     steps = tuple(step for step in solver.STEPS if step < solver.MAX_ITER)
     if len(steps) < len(solver.STEPS):

@@ -25,6 +25,7 @@ from ..io import sweep_temporaries
 from .ema import WeightAverage
 from .hooks import BestCheckpoint, EarlyStop, Evaluation, Preemption, StepSeed, TrainingEnded
 from .optimizer import build_optimizer
+from .preflight import check_numbers
 from .distributed import share_buffers
 from .schedule import build_lr_scheduler, with_iterations
 from .step import StepTrainer
@@ -40,17 +41,18 @@ class Trainer(DefaultTrainer):
     draws a seed once and keeps it in the checkpoint.
 
     Raises:
-        ValueError: see ``with_stock_keys``, ``build_optimizer``, ``build_lr_scheduler`` and the
-            loaders.
+        ValueError: see ``check_numbers``, ``with_stock_keys``, ``build_optimizer``,
+            ``build_lr_scheduler`` and the loaders.
     """
 
     def __init__(self, cfg: CfgNode):
         cfg = with_stock_keys(cfg)
+        check_numbers(cfg)
         self._seed_is_free = cfg.SEED < 0
         if self._seed_is_free:
             cfg = with_values(cfg, {"SEED": comm.shared_random_seed() % 2**31})
-        # Epochs become iterations once the units are counted; the stock constructor, which would build
-        # the loader a second time, gets this one. It scales batch and schedule by itself.
+        # Epochs become iterations once the units are counted; the stock constructor, which would
+        # build the loader a second time, gets this one. It scales batch and schedule by itself.
         scaled = self.auto_scale_workers(cfg, comm.get_world_size())
         loader = self.build_train_loader(scaled)
         cfg = with_iterations(cfg, loader.units_per_epoch)
@@ -236,7 +238,7 @@ class Trainer(DefaultTrainer):
 
 @contextlib.contextmanager
 def _ddp_without_gpu() -> Iterator[None]:
-    """While this context is open, detectron2 also distributes models on the CPU (otherwise GPUs only)."""
+    """Within, detectron2 distributes models on the CPU, too, and not on GPUs alone."""
     stock = defaults.create_ddp_model
 
     def create_ddp_model(model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -254,9 +256,10 @@ def _ddp_without_gpu() -> Iterator[None]:
 def with_stock_keys(cfg: CfgNode) -> CfgNode:
     """Read detectron2's keys for mixed precision and clipping as those of ris_d2, where set.
 
-    SOLVER.AMP.ENABLED makes MODEL.RIS.PRECISION fp16 (unless it is bf16); SOLVER.CLIP_GRADIENTS with
-    CLIP_TYPE full_model is SOLVER.RIS.CLIP_GRAD_NORM. (Its other types, BIAS_LR_FACTOR and
-    LR_SCHEDULER_NAME are obeyed by ``build_optimizer`` and ``build_lr_scheduler``.) The log says so.
+    SOLVER.AMP.ENABLED makes MODEL.RIS.PRECISION fp16 (unless it is bf16); SOLVER.CLIP_GRADIENTS
+    with CLIP_TYPE full_model is SOLVER.RIS.CLIP_GRAD_NORM. (Its other types, BIAS_LR_FACTOR and
+    LR_SCHEDULER_NAME are obeyed by ``build_optimizer`` and ``build_lr_scheduler``.) The log says
+    so.
 
     Raises:
         ValueError: fp16 without a GPU, or both keys for clipping are set.

@@ -6,6 +6,7 @@ import os
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from .report import (
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class ReferringEvaluator(DatasetEvaluator):
     """Metrics of ``ris_d2.evaluation.metrics`` over the expressions of one dataset.
 
@@ -53,22 +55,16 @@ class ReferringEvaluator(DatasetEvaluator):
         ValueError: save_predictions without output_dir.
     """
 
-    def __init__(
-        self,
-        dataset_name: str,
-        *,
-        output_dir: str | None = None,
-        distributed: bool = True,
-        save_predictions: bool = False,
-        sample: str = "corner",
-    ):
-        if save_predictions and not output_dir:
+    dataset_name: str
+    _: KW_ONLY
+    output_dir: str | None = None
+    distributed: bool = True
+    save_predictions: bool = False
+    sample: str = "corner"
+
+    def __post_init__(self) -> None:
+        if self.save_predictions and not self.output_dir:
             raise ValueError("save_predictions=True needs an output_dir")
-        self.dataset_name = dataset_name
-        self.output_dir = output_dir
-        self.distributed = distributed
-        self.save_predictions = save_predictions
-        self.sample = sample
         self.reset()
 
     def reset(self) -> None:
@@ -224,6 +220,7 @@ class ReferringEvaluator(DatasetEvaluator):
         with atomic_write(os.path.join(self.output_dir, "predictions.jsonl")) as file:
             for row, counts in zip(rows, run_lengths):
                 source, file_name, image_id = images[row["image"]]
+                size = [int(row["height"]), int(row["width"])]
                 line = {
                     "source": source,
                     "file_name": file_name,
@@ -231,10 +228,7 @@ class ReferringEvaluator(DatasetEvaluator):
                     "expression_id": int(row["expression_id"]),
                     "no_target": bool(row["predicted_no_target"]),
                     "score": float(row["score"]),
-                    "segmentation": {
-                        "size": [int(row["height"]), int(row["width"])],
-                        "counts": counts,
-                    },
+                    "segmentation": {"size": size, "counts": counts},
                 }
                 file.write(json.dumps(finite_or_null(line)) + "\n")
 
@@ -257,19 +251,16 @@ def _in_order(unit: dict, results: Sequence[dict]) -> Sequence[dict]:
     """The unit's results in the order of its expressions, exactly one for each."""
     wanted = [expression["expression_id"] for expression in unit["expressions"]]
     given = [result["expression_id"] for result in results]
-    if given == wanted:
-        return results
-    for expression_id, times in Counter(given).items():
-        if expression_id not in wanted:
+    times = Counter(given)
+    for id_ in times.keys() | set(wanted):
+        if id_ not in wanted:
             raise ValueError(
-                f"{_name(unit)}: a result for expression {expression_id}, which is not in its input"
+                f"{_name(unit)}: a result for expression {id_}, which it does not have"
             )
-        if times > 1:
-            raise ValueError(f"{_name(unit)}: expression {expression_id} has {times} results")
+        if times[id_] != 1:
+            found = f"{times[id_]} results" if times[id_] else "no result"
+            raise ValueError(f"{_name(unit)}: expression {id_} has {found}")
     by_id = dict(zip(given, results))
-    for expression_id in wanted:
-        if expression_id not in by_id:
-            raise ValueError(f"{_name(unit)}: expression {expression_id} has no result")
     return [by_id[expression_id] for expression_id in wanted]
 
 
@@ -368,6 +359,5 @@ def _check_unique(images: Sequence[tuple[str, str, int]], rows: np.ndarray) -> N
         _, file_name, image_id = images[row["image"]]
         raise ValueError(
             f"image {file_name} (id {image_id}): expression {row['expression_id']} was scored "
-            f"twice, as were {same.sum() - 1} others; the loader repeats images (build_test_loader "
-            "does not), or reset() was not called"
+            f"twice, as were {same.sum() - 1} others: a loader that repeats images, or no reset()"
         )

@@ -2,8 +2,8 @@
 
 A sentence has one kind or several: "second man from the left behind the table" has an ordinal and a
 relation. On RefShapes each has exactly one, and it is the one that the generator meant ("the left
-circle", of two, is a position). On real sets the list is a rule of thumb: it takes "2" for a count and
-knows no misspelt word.
+circle", of two, is a position). On real sets the list is a rule of thumb: it takes "2" for a count
+and knows no misspelt word.
 """
 
 import re
@@ -18,11 +18,13 @@ _WORDS = {
     r"highest|lowest|biggest|largest|smallest|tallest|shortest|longest|oldest|youngest|"
     r"brightest|darkest|lightest",
     # a place relative to another thing, or what is done with that
-    "relation": r"(?:left|right)(?: (?:hand )?side)? of|(?:in|at|on) (?:the )?(?:front|back|top|end) of|"
+    "relation": r"(?:left|right)(?: (?:hand )?side)? of|"
+    r"(?:in|at|on) (?:the )?(?:front|back|top|end) of|"
     r"(?:next|close|closer|beside) to|(?:higher|lower|bigger|larger|smaller|taller) than|"
     r"above|below|under|underneath|beneath|over|behind|beside|between|among|near|by|against|along|"
     r"around|across|inside|outside|opposite|"
-    rf"on(?! (?:the )?(?:far |very |lower |upper )?(?:{_SIDE}|side|end|edge|corner|lower|upper|far)\b)|"
+    r"on(?! (?:the )?(?:far |very |lower |upper )?"
+    rf"(?:{_SIDE}|side|end|edge|corner|lower|upper|far)\b)|"
     r"holding|carrying|riding|touching|facing|leaning|watching|eating|hitting|pulling|pushing",
     # a place in the image
     "position": rf"{_SIDE}|upper|lower|corner|side|half|edge|end|far",
@@ -33,7 +35,8 @@ _WORDS = {
     # things that are named one by one
     "conjunction": r"and|plus|as well as",
 }
-# "attribute" stands alone: the sentence says what the thing is and looks like, and none of the others.
+# "attribute" stands alone: the sentence says what the thing is and looks like, and none of the
+# others.
 KINDS = ("attribute", *_WORDS)
 _BITS = {kind: 1 << position for position, kind in enumerate(KINDS)}
 _NO_KIND = r"black and white|white and black"

@@ -54,9 +54,9 @@ def score_predictions(
     Raises:
         FileNotFoundError: no such file.
         KeyError: no dataset of this name.
-        ValueError: a line (named by its number) that is no such object, has a field of another type,
-            fits none or several of the dataset's expressions, or has a mask of another size; an
-            expression without a line; a resolution that is none.
+        ValueError: a line (named by its number) that is no such object, has a field of another
+            type, fits none or several of the dataset's expressions, or has a mask of another size;
+            an expression without a line; a resolution that is none.
     """
     if resolution is not None:
         check_size(*resolution)
@@ -69,22 +69,19 @@ def score_predictions(
         height, width = resolution or (record["height"], record["width"])
         original_size = (record["height"], record["width"])
         unit = {**record, "height": height, "width": width, "original_size": original_size}
-        results = [
-            {
-                "expression_id": line["expression_id"],
-                "mask": _decode(line["segmentation"], height, width, path, number),
-                "no_target": line.get("no_target", False),
-                "score": line["score"],
-            }
-            for number, line in lines[index].items()
-        ]
+        results = []
+        for number, line in lines[index].items():
+            with reading(path, f"line {number}"):
+                mask = torch.from_numpy(rasterize(line["segmentation"], height, width))
+            kept = {key: line[key] for key in ("expression_id", "no_target", "score")}
+            results.append({**kept, "mask": mask})
         with reading(path):  # an expression without a line is the file's fault
             evaluator.process([unit], [{"referring": results}])
     return evaluator.evaluate()
 
 
 def _assign(records: list[dict], path: str | os.PathLike) -> dict[int, dict[int, dict]]:
-    """{record index: {line number: line}}: the lines of the file, by the record of their expression."""
+    """{record index: {line number: line}}, the record being the one of the line's expression."""
     places = defaultdict(list)
     for index, record in enumerate(records):
         for expression in record["expressions"]:
@@ -97,24 +94,21 @@ def _assign(records: list[dict], path: str | os.PathLike) -> dict[int, dict[int,
         for number, text in enumerate(file, start=1):
             if not text.strip():
                 continue
-            where = f"{path}: line {number}"
             with reading(path, f"line {number}"):
                 line = _parse(text)
-            expression_id = line["expression_id"]
-            fitting = [i for i in places[expression_id] if _agrees(line, records[i])]
+            id_ = line["expression_id"]
+            where = f"{path}: line {number}: expression {id_}"
+            fitting = [i for i in places[id_] if _agrees(line, records[i])]
             if not fitting:
-                raise ValueError(
-                    f"{where}: expression {expression_id} is not in the dataset, or not in the "
-                    "image that the line names"
-                )
+                raise ValueError(f"{where} is not in the dataset, or not in the image named there")
             if len(fitting) > 1:
                 raise ValueError(
-                    f"{where}: expression {expression_id} is in {len(fitting)} images of the "
-                    "dataset; say which by image_id, file_name or source"
+                    f"{where} is in {len(fitting)} images of the dataset; say which by image_id, "
+                    "file_name or source"
                 )
-            first = first_lines.setdefault((fitting[0], expression_id), number)
+            first = first_lines.setdefault((fitting[0], id_), number)
             if first != number:
-                raise ValueError(f"{where}: expression {expression_id} was already in line {first}")
+                raise ValueError(f"{where} was already in line {first}")
             assigned[fitting[0]][number] = line
     return assigned
 
@@ -130,6 +124,7 @@ def _parse(text: bytes) -> dict[str, Any]:
         if key in line and type(line[key]) not in types:
             names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
             raise ValueError(f"{key} must be {names}, not {reprlib.repr(line[key])}")
+    line.setdefault("no_target", False)
     line["score"] = float("nan") if line.get("score") is None else float(line["score"])
     return line
 
@@ -141,10 +136,3 @@ def _agrees(line: dict, record: dict) -> bool:
     return same_file and all(
         key not in line or line[key] == record[key] for key in ("image_id", "source")
     )
-
-
-def _decode(
-    segmentation: dict, height: int, width: int, path: str | os.PathLike, number: int
-) -> torch.Tensor:
-    with reading(path, f"line {number}"):
-        return torch.from_numpy(rasterize(segmentation, height, width))

@@ -43,14 +43,16 @@ _PRECISIONS = [f"Pr@{threshold}" for threshold in PRECISION_THRESHOLDS]
 _METRICS = ["gIoU", "cIoU", "oIoU", "mIoU", *_PRECISIONS, "N_acc", "T_acc"]
 
 
+def _counts(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """The arguments of ``compute_metrics``."""
+    no_target = rows["num_targets"] == 0
+    kept = ("intersection", "union", "predicted_no_target")
+    return {"no_target": no_target, **{name: rows[name] for name in kept}}
+
+
 def summarize(rows: np.ndarray) -> dict[str, float]:
     """ROW (n,) -> ``compute_metrics``, plus oracle_mIoU over targets if any row has an oracle."""
-    metrics = compute_metrics(
-        intersection=rows["intersection"],
-        union=rows["union"],
-        no_target=rows["num_targets"] == 0,
-        predicted_no_target=rows["predicted_no_target"],
-    )
+    metrics = compute_metrics(**_counts(rows))
     with_oracle = rows[rows["oracle_union"] >= 0]
     if len(with_oracle):
         targets = with_oracle[with_oracle["num_targets"] > 0]
@@ -180,12 +182,6 @@ def expression_records(
 def _expression_records(
     rows: np.ndarray, images: Sequence[tuple[str, str, int]]
 ) -> Iterator[dict[str, Any]]:
-    counts = {
-        "intersection": rows["intersection"],
-        "union": rows["union"],
-        "no_target": rows["num_targets"] == 0,
-        "predicted_no_target": rows["predicted_no_target"],
-    }
     oracle = iou(rows["oracle_intersection"], rows["oracle_union"])
     oracle[(rows["oracle_union"] == 0) & (rows["target_area"] == 0)] = 1.0
     oracle[rows["oracle_union"] < 0] = math.nan
@@ -195,7 +191,7 @@ def _expression_records(
         "I": rows["intersection"],
         "U": rows["union"],
         "IoU": iou(rows["intersection"], rows["union"]),
-        "gIoU": gres_iou(**counts),
+        "gIoU": gres_iou(**_counts(rows)),
         "score": rows["score"],
         "no_target": rows["predicted_no_target"],
         "num_targets": rows["num_targets"],

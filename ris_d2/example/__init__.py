@@ -1,7 +1,7 @@
 """A small trained model with a scene to try it on, so that a picture takes no training.
 
-The model is the Shared-RIS that ``make quickstart`` trains on RefShapes, as a model folder; it knows the
-72 words of that synthetic world and nothing else.
+The model is the Shared-RIS that ``make quickstart`` trains on RefShapes, as a model folder; it
+knows the 72 words of that synthetic world and nothing else.
 """
 
 import os

@@ -132,7 +132,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class BalancedOptions(Options):
-    """Every scene has ``per_form`` sentences of each form, whatever is said of their number elsewhere.
+    """Every scene has ``per_form`` sentences of each form; min and max_expressions do not count.
 
     ``no_target_share`` of all have no target (none of ``Except``), and where a form can have one or
     several, a third have several.
@@ -270,7 +270,7 @@ def _names_side_alone(meaning: Meaning, text: str) -> bool:
 
 
 def _plan(options: Options, rng: Rng) -> list[tuple[str, list[type]]]:
-    """Draw how many targets ("none", "single", "multi") each sentence of a scene has, and its possible forms."""
+    """Draw each sentence's number of targets ("none", "single", "multi") and its possible forms."""
     if isinstance(options, BalancedOptions):
         return _balanced_plan(options, rng)
     number = options.min_expressions + rng.below(

@@ -174,14 +174,11 @@ def _check_free(root: str, made: dict, overwrite: bool) -> None:
         return
     there = _made(root)
     if there is None:
-        raise FileExistsError(
-            f"{root} exists and was not written by RefShapes; choose another --root"
-        )
+        raise FileExistsError(f"{root} was not written by RefShapes; choose another --root")
     strangers = sorted({*os.listdir(root)} - {*_TREE})
     if overwrite and strangers:
         raise FileExistsError(
-            f"{root} also holds {', '.join(strangers[:3])}, which RefShapes did not write; move it, or "
-            "choose another --root"
+            f"{root} also holds {', '.join(strangers[:3])}, not of RefShapes; choose another --root"
         )
     if there != made and not overwrite:
         different = [k for k in made if there.get(k) != made[k]]

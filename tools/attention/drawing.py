@@ -62,9 +62,9 @@ def attention_map(image: np.ndarray, weights: np.ndarray, *, alpha: float = 0.75
 
     Args:
         image: RGB uint8 (H,W,3).
-        weights: float (h,w) of any size; shown between its own minimum and maximum, so that two maps
-            are comparable in shape and not in strength. A map that is constant but for rounding shows
-            no heat.
+        weights: float (h,w) of any size; shown between its own minimum and maximum, so that two
+            maps are comparable in shape and not in strength. A map that is constant but for
+            rounding shows no heat.
         alpha: opacity at the largest weight.
 
     Returns:

@@ -13,9 +13,9 @@ class Explanation:
     """What explains the masks of E expressions, float tensors; those given are drawn.
 
     Attributes:
-        maps: name -> (E, h, w), where in the model's input each expression looks, or (E, L, h, w), the
-            same for each of its L tokens (rows of padding are not drawn). Any h, w; the map covers the
-            whole input.
+        maps: name -> (E, h, w), where in the model's input each expression looks, or (E, L, h, w),
+            the same for each of its L tokens (rows of padding are not drawn). Any h, w; the map
+            covers the whole input.
         entropy: name -> (E,), mean entropy in nats of an attention's rows (``row_entropy``).
         pixels: (E, h, w, D), the vision tokens that the decoder's first attention takes in; None if
             the method has no such attention.

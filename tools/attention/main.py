@@ -22,8 +22,8 @@ draws for the first ``--draw`` sentences with a target, and measures over all of
                     target has the higher value; 50 is chance); with tokens, their cosine with pixels
                     on and off target. And of the sentences drawn, the AUC of each token's maps
 
-What a model shows is its method's function in methods.py: Shared-RIS's Figs. 7 and 8, VIPA's Figs. 1, 5 and 6,
-RISAM's Fig. 7, ASDA's Fig. 4. KEY VALUE pairs go to all models.
+What a model shows is its method's function in methods.py: Shared-RIS's Figs. 7 and 8, VIPA's Figs.
+1, 5 and 6, RISAM's Fig. 7, ASDA's Fig. 4. KEY VALUE pairs go to all models.
 """
 
 import argparse

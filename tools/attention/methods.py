@@ -101,7 +101,8 @@ def explain_shared_ris(
 def _sentence_row(model: SharedRIS, weights: Tensor) -> Tensor:
     """Weights of the textual [CLS] on the patches: (E, heads, Q, K) -> (E, H/p, W/p).
 
-    Keys are the visual tokens, or those and the text; then queries are both, too, else the text alone.
+    Keys are the visual tokens, or those and the text; then queries are both, too, else the text
+    alone.
     """
     num_vision = 1 + model.encoder.grid[0] * model.encoder.grid[1]
     query = num_vision if weights.shape[-1] > num_vision else 0
@@ -155,8 +156,9 @@ def explain_risam(
 ) -> Explanation:
     """Fig. 7, of the last block: the words' weights at each region, and the regions' of each word.
 
-    Of MODEL.RISAM.FUSION te they are those of the last layer, mean over heads, which shares them out
-    among regions and words together; conv and none have no attention between the two, and no maps.
+    Of MODEL.RISAM.FUSION te they are those of the last layer, mean over heads, which shares them
+    out among regions and words together; conv and none have no attention between the two, and no
+    maps.
     """
     names = []
     if isinstance(model.fusion, TransformerEncoder):

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 class AttentionRecorder(TorchFunctionMode):
     """Keeps the attention weights and the inputs of named sub-modules while it is entered.
 
-    It sees every ``scaled_dot_product_attention`` that runs inside them, so that no layer has to know
-    of it; ``nn.MultiheadAttention`` hides its own.
+    It sees every ``scaled_dot_product_attention`` that runs inside them, so that no layer has to
+    know of it; ``nn.MultiheadAttention`` hides its own.
 
     Example:
         with AttentionRecorder(model, ["decoder.layers.0.fusion"]) as recorder:

@@ -41,9 +41,7 @@ def get_converter(source: str) -> Converter:
         ValueError: unknown source; the known ones are listed.
     """
     if source not in CONVERTERS:
-        raise ValueError(
-            f"unknown weight source {source!r}; known: {', '.join(sorted(CONVERTERS))}"
-        )
+        raise ValueError(f"unknown weight source {source!r}; known: {', '.join(CONVERTERS)}")
     return CONVERTERS[source]
 
 

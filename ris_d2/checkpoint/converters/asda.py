@@ -1,7 +1,7 @@
 """ASDA, as its public code saves it (``*_model_best.pth.tar``, names of swagger-coder/ASDA).
 
-The file holds every block of the vision tower twice (``visu_resblocks``), and modules that its forward
-pass never calls; both are left out.
+The file holds every block of the vision tower twice (``visu_resblocks``), and modules that its
+forward pass never calls; both are left out.
 """
 
 import re
@@ -11,8 +11,8 @@ from torch import Tensor
 from .base import Converter, split_attention, substitute
 from .clip import convert_tower
 
-# Read only by other weights that are dead, or by nothing. The selectors' bias adds the same to every
-# candidate, the discarded pyramid convolutions feed no output.
+# Read only by other weights that are dead, or by nothing. The selectors' bias adds the same to
+# every candidate, the discarded pyramid convolutions feed no output.
 _DEAD = re.compile(
     r"^(visu_resblocks\.|visumodel\.(positional_embedding|proj|ln_post\..*)$|fusion\.lang_attn\."
     r"|fpn\.output_convs\.[01]\.|feature_selector_[lm]\.bias$|up_proj_cat_proj_1\."

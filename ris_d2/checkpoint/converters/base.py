@@ -17,8 +17,8 @@ class Converter:
     Attributes:
         title: what files of this format hold, for messages.
         needs: how some of their names begin; a tuple inside lists alternatives.
-        rename: published name -> tensor to ris_d2 name -> tensor. Keys that ris_d2 has no use for are
-            left out.
+        rename: published name -> tensor to ris_d2 name -> tensor. Keys that ris_d2 has no use for
+            are left out.
         may_miss: regexes (searched) of ris_d2 names that files of this format need not fill.
         is_whole_model: released methods, whose files serve as MODEL.WEIGHTS.
     """
@@ -56,7 +56,7 @@ def substitute(name: str, rules: Mapping[str, str | Callable[[re.Match], str]]) 
 
 
 def rename_module(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
-    """Replace the module path by the first rule (regex, replacement) that it meets; None: by none."""
+    """Rename a module path by the first rule (regex, replacement) that it meets; None: by none."""
     for pattern, ours in rules:
         match = re.match(rf"{pattern}(?=\.|$)", name)
         if match:
@@ -90,8 +90,8 @@ def unwrap_state_dict(content: Mapping) -> StateDict:
     for name, value in content.items():
         if not isinstance(value, Tensor) or not isinstance(name, str):
             raise ValueError(
-                f"not a state dict: {name!r} is no name of a tensor; expected tensors by name, alone "
-                "or under 'model', 'module' or 'state_dict'"
+                f"not a state dict: {name!r} is no name of a tensor; expected tensors by name, "
+                "alone or under 'model', 'module' or 'state_dict'"
             )
     is_prefixed = all(name.startswith("module.") for name in content)
     return below(content, "module.") if is_prefixed else dict(content)

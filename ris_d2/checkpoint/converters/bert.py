@@ -1,8 +1,8 @@
-"""BERT, as published on the Hugging Face hub (bert-base-uncased: pytorch_model.bin, model.safetensors).
+"""BERT, as published on the Hugging Face hub (bert-base-uncased).
 
 Names may start with ``bert.`` (the pre-training model) or not (BertModel). The pooler and the
-pre-training heads are left out; LayerNorm's ``gamma`` and ``beta`` of the oldest files become weight
-and bias.
+pre-training heads are left out; LayerNorm's ``gamma`` and ``beta`` of the oldest files become
+weight and bias.
 """
 
 import re

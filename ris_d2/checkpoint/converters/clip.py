@@ -1,8 +1,8 @@
-"""CLIP with a vision transformer: transformers' names, or OpenAI's (as ASDA's released file has them).
+"""CLIP with a vision transformer: transformers' names, or OpenAI's, as in ASDA's released file.
 
-Names of the result begin with ``vision.`` (``RISCLIPViT``) and ``text.`` (``RISCLIPText``), so that one
-file fills both towers, or the one that a method has. The projections to the joint space, the last
-LayerNorm of the vision tower and the temperature have no use here.
+Names of the result begin with ``vision.`` (``RISCLIPViT``) and ``text.`` (``RISCLIPText``), so that
+one file fills both towers, or the one that a method has. The projections to the joint space, the
+last LayerNorm of the vision tower and the temperature have no use here.
 """
 
 import re

@@ -1,8 +1,8 @@
 """DeRIS, as its public code saves it (Dmmm1997/DeRIS; ``state_dict``, ``module.`` or not).
 
-Left out are modules that its forward pass never reads, heads that no loss has trained (``box_embed``,
-``cls_embed``, ``logit_embed``), and buffers that are computed anyway. Any other name that is not known
-is refused: the file would then be of another model than ours.
+Left out are modules that its forward pass never reads, heads that no loss has trained
+(``box_embed``, ``cls_embed``, ``logit_embed``), and buffers that are computed anyway. Any other
+name that is not known is refused: the file would then be of another model than ours.
 """
 
 import re
@@ -65,10 +65,7 @@ def _convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         if not renamed:
             unknown.append(name)
     if unknown:
-        raise ValueError(
-            f"a DeRIS checkpoint with {len(unknown)} names that the released ones do not have: "
-            + ", ".join(unknown[:3])
-        )
+        raise ValueError(f"a DeRIS checkpoint with {len(unknown)} names unknown: {unknown[:3]}")
     return converted
 
 

@@ -1,9 +1,9 @@
 """Mask2Former with a Swin backbone (its zoo's ``.pkl``), as the perception branch of DeRIS starts.
 
 Used are the backbone, the pixel decoder and of the transformer decoder the layers, norms, mask
-embedding, level embedding and query positions; the branch takes as many layers and queries as it has.
-Left out are the query contents, the classifier and the criterion's buffer. Mask2Former has no biases
-before the norms of its FPN step and no f_v: those parts of ours stay as they are.
+embedding, level embedding and query positions; the branch takes as many layers and queries as it
+has. Left out are the query contents, the classifier and the criterion's buffer. Mask2Former has no
+biases before the norms of its FPN step and no f_v: those parts of ours stay as they are.
 """
 
 from functools import partial
@@ -54,8 +54,8 @@ def rename_perception(
     """Names of Mask2Former's modules -> those of DeRIS' ``PerceptionBranch``.
 
     Args:
-        backbone, pixel_decoder, predictor: prefixes of the three modules in ``state_dict``, with the
-            dot at the end. What is under none of them, or of no use, is left out.
+        backbone, pixel_decoder, predictor: prefixes of the three modules in ``state_dict``, with
+            the dot at the end. What is under none of them, or of no use, is left out.
     """
     swin = rename_swin(below(state_dict, backbone))
     renamed = {f"backbone.{name}": value for name, value in swin.items()}

@@ -1,7 +1,7 @@
-"""SAM, as released by facebookresearch/segment-anything (``sam_vit_{h,l,b}_*.pth``) or by transformers.
+"""SAM, as released by facebookresearch/segment-anything (``sam_vit_*.pth``) or by transformers.
 
-Two parts of the same file: ``sam``, the image encoder, and ``sam_decoder``, the mask decoder with what
-of the prompt encoder it needs beside prompts. Ours carry transformers' names.
+Two parts of the same file: ``sam``, the image encoder, and ``sam_decoder``, the mask decoder with
+what of the prompt encoder it needs beside prompts. Ours carry transformers' names.
 """
 
 from torch import Tensor

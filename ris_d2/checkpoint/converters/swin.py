@@ -1,8 +1,9 @@
 """Swin Transformers trained on ImageNet: the official files, and timm's of any age.
 
-Ours are the official names. timm >= 0.9 counts a stage's downsampling as the first thing of the next
-stage. Left out are what is computed anyway (``relative_position_index``, ``attn_mask``), the classifier
-and the norm before it; a detector's norms of its outputs (``norm0`` ... ``norm3``) are taken.
+Ours are the official names. timm >= 0.9 counts a stage's downsampling as the first thing of the
+next stage. Left out are what is computed anyway (``relative_position_index``, ``attn_mask``), the
+classifier and the norm before it; a detector's norms of its outputs (``norm0`` ... ``norm3``) are
+taken.
 """
 
 import re
@@ -13,7 +14,8 @@ from .base import Converter
 
 _COMPUTED = ("relative_position_index", "attn_mask")
 _NAMES = re.compile(
-    r"(patch_embed\.(proj|norm)|layers\.\d\.(downsample\.(norm|reduction)|blocks\.\d+\.\w+)|norm[0-3])\."
+    r"(patch_embed\.(proj|norm)|layers\.\d\.downsample\.(norm|reduction)"
+    r"|layers\.\d\.blocks\.\d+\.\w+|norm[0-3])\."
 )
 
 

@@ -1,4 +1,4 @@
-"""Vision transformers with timm's names (``timm://vit_base_patch16_224.augreg_in21k_ft_in1k``, ...).
+"""Vision transformers with timm's names, as ``timm://vit_base_patch16_224.augreg_in21k_ft_in1k``.
 
 Our backbone keeps them below ``model.``. The classifier and the norm before it are left out.
 """
