@@ -35,7 +35,7 @@ _NEGLIGIBLE = ("pixel_mean", "pixel_std", "num_batches_tracked")
 
 @dataclasses.dataclass
 class _Fit:
-    """How a state dict meets a module: what is usable, and what is not."""
+    """Which tensors of a state dict a module can take, and which it lacks."""
 
     used: dict[str, Tensor]
     resized: list[str]

@@ -33,7 +33,7 @@ def build_augmentations(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     )
     if affine.ENABLED and (ris.GEOMETRY != "letterbox" or ris.VIEWS):
         raise ValueError("INPUT.RIS.AFFINE needs GEOMETRY letterbox, and no VIEWS")
-    # One that is off draws no random numbers, except the flip: runs of old resume exactly.
+    # What is off draws no random numbers. The flip always draws: old runs resume exactly.
     augmentations = [RandomFlip(ris.FLIP_PROB)]
     if ris.BRIGHTNESS or ris.SATURATION:
         augmentations.append(RandomHSV(ris.BRIGHTNESS, ris.SATURATION))

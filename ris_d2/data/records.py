@@ -110,7 +110,7 @@ class InstanceTable:
     ) -> dict | None:
         """Return one annotation of ``image`` in record form.
 
-        None where no part can be drawn, or, without ``crowds``, where it is one.
+        None if no part of it can be drawn, or if it is a crowd and ``crowds`` is False.
         """
         if annotation_id not in self._annotations:
             raise ValueError(f"there is no annotation with the id {reprlib.repr(annotation_id)}")
@@ -196,7 +196,7 @@ def drawable(segmentation: Any, box: Any, image: dict, skipped: Skipped, key: An
 
     Args:
         segmentation: polygons, an RLE, or a list of RLE, which are united (RefCLEF).
-        box: XYWH; None, or one that is none: that of the mask.
+        box: XYWH; where it is missing or malformed, that of the mask is taken.
         image: with "height" and "width".
         key: of the annotation, to count it by.
 
@@ -248,7 +248,7 @@ class RecordBuilder:
     Args:
         image_root: directory in front of the images' file names.
         source: name of the dataset family, kept in each record.
-        skipped: told of expressions that are none, and of repeated ids.
+        skipped: counts blank sentences and repeated ids.
     """
 
     def __init__(self, *, image_root: str | os.PathLike, source: str, skipped: Skipped) -> None:

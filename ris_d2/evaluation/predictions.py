@@ -56,7 +56,7 @@ def score_predictions(
         KeyError: no dataset of this name.
         ValueError: a line (named by its number) that is no such object, has a field of another
             type, fits none or several of the dataset's expressions, or has a mask of another size;
-            an expression without a line; a resolution that is none.
+            an expression without a line; an impossible resolution.
     """
     if resolution is not None:
         check_size(*resolution)
