@@ -218,7 +218,8 @@ def read_sentences(path: str) -> Iterator[tuple[int, str, str, list[str]]]:
 
 
 def find_targets(target: Any, things: list[tuple[int, str]]) -> list[int]:
-    """The ids of what ``target`` names among ``things``, the (id, name) of an image's annotations."""
+    """The ids of what ``target`` names among ``things``, the (id, name) of an image's
+    annotations."""
     by_id = [id_ for id_, _ in things if str(id_) == str(target)]
     name, _, number = str(target).rpartition("#")
     by_name = [id_ for id_, other in things if other == str(target)]

@@ -83,6 +83,20 @@ def test_unknown_dataset_lists_the_known(train_net):
 
 
 @pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("SOLVER.RIS.EMA", "1.0", r"SOLVER.RIS.EMA is 1.0; it lies in \[0, 1\)"),
+        ("SOLVER.RIS.PATIENCE", "2", "counts evaluations; set TEST.EVAL_PERIOD"),
+        ("SOLVER.RIS.ACCUMULATION", "0", "ACCUMULATION is 0; it must be at least 1"),
+    ],
+)
+def test_numbers_are_checked_before_data_and_model(train_net, key, value, message):
+    cfg = train_net.load_config("", ["DATASETS.TRAIN", ("ris_no_such_set",), key, value])
+    with pytest.raises(ValueError, match=message):
+        check_inputs(cfg)
+
+
+@pytest.mark.parametrize(
     "options, warned",
     [
         ([], False),

@@ -1,4 +1,5 @@
-"""Where gIoU is lost: no good mask was predicted (perception), or the wrong one chosen (cognition)."""
+"""Where gIoU is lost: no good mask was predicted (perception), or the wrong one chosen
+(cognition)."""
 
 import itertools
 import json

@@ -44,7 +44,8 @@ def follow(
     every: float = PROGRESS_SECONDS,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Training, int]]:
-    """Run trainings, print every so many seconds how far they are, and yield each with its exit status.
+    """Run trainings, print every so many seconds how far they are, and yield each with its exit
+    status.
 
     No process outlives this generator, also where a signal interrupts it; on Linux none outlives
     this process, also where it is killed.

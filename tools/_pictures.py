@@ -31,8 +31,8 @@ _GAP, _FONT, _LINE, _LETTER = 12, 14, 18, 8.3  # pixels; the last is the width o
 def enlarge(
     image: np.ndarray, masks: Sequence[np.ndarray], *, width: int
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Image and bool masks, larger if the image is less than ``width`` pixels wide: contours that are
-    painted then are thin beside what they surround."""
+    """Image and bool masks, larger if the image is less than ``width`` pixels wide: contours that
+    are painted then are thin beside what they surround."""
     scale = max(1.0, width / image.shape[1])
     large = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     masks = [np.asarray(mask, np.float32) for mask in masks]

@@ -144,7 +144,8 @@ def plot(analyses: dict[str, dict], path: str) -> None:
 
 
 def board(path: str, number: int) -> list[SheetRow]:
-    """The sentences of ``path`` with the lowest gIoU, of equal ones those with the highest score first."""
+    """The sentences of ``path`` with the lowest gIoU, of equal ones those with the highest score
+    first."""
     folder = Path(path).parent
     predictions = folder / "predictions.jsonl"
     if not predictions.is_file():

@@ -133,7 +133,8 @@ class Sweep:
         return torch.from_numpy(truths).to(self.model.device)
 
     def finish(self) -> None:
-        """Make one array of each count: scores (n, Q), areas and shared (n, thresholds, Q), truth (n,)."""
+        """Make one array of each count: scores (n, Q), areas and shared (n, thresholds, Q), truth
+        (n,)."""
         self.counts = {name: np.concatenate(parts) for name, parts in self._parts.items()}
         self.no_target = ~np.array(self._targets)
 
@@ -161,18 +162,21 @@ class Sweep:
 
 
 def _united(masks: Tensor, scores: Tensor) -> Tensor:
-    """bool (Q, H, W), float (Q,) -> bool (Q, H, W): the union of the best one, two, ... of the masks."""
+    """bool (Q, H, W), float (Q,) -> bool (Q, H, W): the union of the best one, two, ... of the
+    masks."""
     return masks[scores.argsort(descending=True)].to(torch.uint8).cummax(0).values.bool()
 
 
 def _areas(masks: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """bool (H, W) or (Q, H, W), bool (H, W) -> int64 (1,) or (Q,): areas, and areas inside ``truth``."""
+    """bool (H, W) or (Q, H, W), bool (H, W) -> int64 (1,) or (Q,): areas, and areas inside
+    ``truth``."""
     masks = masks.view(-1, *truth.shape)
     return masks.flatten(1).sum(1), (masks & truth).flatten(1).sum(1)
 
 
 def choose(sweep: Sweep, metric: str) -> tuple[list[dict[str, Any]], tuple[float, float]]:
-    """Every pair of thresholds with its metrics, and the best pair, of equal ones the nearest to the config's.
+    """Every pair of thresholds with its metrics, and the best pair, of equal ones the nearest to
+    the config's.
 
     Raises:
         ValueError: no such metric, or it is nowhere defined.
@@ -223,7 +227,8 @@ def _curves(axis: Axes, thresholds: list[float], lines: list[dict]) -> None:
 
 
 def configuration(args: argparse.Namespace, cfg: "CfgNode", keys: dict[str, float]) -> str:
-    """A yaml of the configuration with ``keys``; of a paper's row, which is no file, with all keys."""
+    """A yaml of the configuration with ``keys``; of a paper's row, which is no file, with all
+    keys."""
     if is_paper_row(args.config_file):
         cfg.merge_from_list([part for pair in keys.items() for part in pair])
         return cfg.dump()

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The best masks that a method's training targets and its inference leave room for, and where they lie.
+"""The best masks that a method's training targets and its inference leave room for, and where they
+lie.
 
     python tools/ceiling.py --config-file configs/risam_sam_vit_h.yaml [--config-file ...] [--json]
 

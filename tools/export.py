@@ -105,7 +105,8 @@ class SentencesGraph(nn.Module):
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
-    """Parse ``arguments`` (default: the command line), write, check, print a table and return it."""
+    """Parse ``arguments`` (default: the command line), write, check, print a table and return
+    it."""
     args = parse(arguments)
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -253,7 +254,8 @@ def _difference(ours: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _timed(function: Callable[[], Any], repeats: int) -> tuple[Any, float]:
-    """The result, and the median time in milliseconds of ``repeats`` calls after one for warm-up."""
+    """The result, and the median time in milliseconds of ``repeats`` calls after one for
+    warm-up."""
     result, times = function(), []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -287,7 +287,8 @@ def _evaluate(cfg: CfgNode, model: torch.nn.Module, output_dir: str) -> dict[str
 
 
 def _draw_curve(history: list[dict], path: str) -> None:
-    """Training losses (medians of 20 iterations, as detectron2 logs them) and gIoU of evaluations."""
+    """Training losses (medians of 20 iterations, as detectron2 logs them) and gIoU of
+    evaluations."""
     losses = [line for line in history if "total_loss" in line]
     evaluations = [line for line in history if "referring/gIoU" in line]
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -326,7 +327,8 @@ def _draw_sheet(args: argparse.Namespace, predictor: Predictor, when: str) -> No
 
 
 def _sheet_rows(predictor: Predictor, *, seed: int = 0) -> Iterator[SheetRow]:
-    """Expressions of val drawn by chance, as many of each kind as SHEET_ROWS says, one per image."""
+    """Expressions of val drawn by chance, as many of each kind as SHEET_ROWS says, one per
+    image."""
     rng = np.random.default_rng(seed)
     records = DatasetCatalog.get(DATASET)
     wanted = dict(SHEET_ROWS)

@@ -81,7 +81,8 @@ def read(args: argparse.Namespace) -> tuple[PaperRow, "CfgNode"]:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Write OUTPUT_DIR/inference/<dataset>/results.json of each dataset; in one process of several."""
+    """Write OUTPUT_DIR/inference/<dataset>/results.json of each dataset; in one process of
+    several."""
     _, cfg = read(args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="ris_d2")
     model = Trainer.build_model(cfg)
@@ -90,7 +91,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def measured(results: dict[str, Any], metric: str) -> float:
-    """A metric of results.json; "mIoU/seen" is that of the sources that end so. nan where undefined."""
+    """A metric of results.json; "mIoU/seen" is that of the sources that end so. nan where
+    undefined."""
     metric, _, group = metric.partition("/")
     values = results["referring"]
     if group:

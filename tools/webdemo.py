@@ -99,7 +99,8 @@ def show(
 
 
 def legend(predictor: Predictor, results: Results) -> str:
-    """A line per sentence: its colour, score and area, or that nothing matches; words that are unknown."""
+    """A line per sentence: its colour, score and area, or that nothing matches; words that are
+    unknown."""
     lines = []
     for i, result in enumerate(results):
         said = f"<b>{html.escape(result['text'])}</b>"

@@ -110,8 +110,8 @@ class ResumableTrainLoader:
             raise ValueError(f"SOLVER.RIS.ACCUMULATION must be at least 1, not {self.accumulation}")
         if self.units_per_step < 1 or self.units_per_step % (self.world_size * self.accumulation):
             raise ValueError(
-                f"SOLVER.IMS_PER_BATCH {self.units_per_step} is not a multiple of {self.world_size} "
-                f"processes x SOLVER.RIS.ACCUMULATION {self.accumulation}"
+                f"SOLVER.IMS_PER_BATCH {self.units_per_step} is not a multiple of "
+                f"{self.world_size} processes x SOLVER.RIS.ACCUMULATION {self.accumulation}"
             )
         self.records = _shared(self.records)
         if self.conversion:

@@ -62,7 +62,7 @@ class Tokenizer:
         vocab_size: number of rows that an embedding table needs.
         start_id, end_id, pad_id: int.
         warnings_left: calls that may still warn of unknown words and of sentences that are cut. Few
-            at first, because a loader calls for every sentence of a dataset; Predictor has infinity.
+            at first: a loader calls for every sentence of a dataset. Predictor sets infinity.
     """
 
     @configurable

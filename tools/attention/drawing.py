@@ -58,7 +58,8 @@ def draw_tsne(path: str, text: str, models: dict[str, Looked]) -> None:
 
 
 def attention_map(image: np.ndarray, weights: np.ndarray, *, alpha: float = 0.75) -> np.ndarray:
-    """Lay a heat map over a greyed image; the heat is the brighter and the denser the larger the weight.
+    """Lay a heat map over a greyed image; the heat is the brighter and the denser the larger the
+    weight.
 
     Args:
         image: RGB uint8 (H,W,3).

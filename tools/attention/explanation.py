@@ -1,4 +1,5 @@
-"""What a method looked at: attention maps, the tokens that its decoder compared, and how sharply."""
+"""What a method looked at: attention maps, the tokens that its decoder compared, and how
+sharply."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields

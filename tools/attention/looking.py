@@ -25,7 +25,8 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Looked:
-    """One model on one sentence: maps at the image's size, and its target on the grid of the pixels."""
+    """One model on one sentence: maps at the image's size, and its target on the grid of the
+    pixels."""
 
     maps: dict[str, Tensor]  # (H, W), or (L, H, W) of the real tokens
     mask: np.ndarray
