@@ -38,10 +38,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--config-file", **settings)
         self.add_changes()
 
-    def add_model(self) -> None:
+    def add_model(self, **settings: Any) -> None:
         """Take --model."""
         self.add_argument(
             "--model",
+            **settings,
             help="a model folder, a name of docs/weights.md, or organisation/repository on the Hugging Face "
             "hub (default: the small model that comes with ris_d2)",
         )

@@ -63,7 +63,7 @@ def analyze(cfg: CfgNode, depth: int = 1) -> dict:
         skeleton = build(cfg)
     model = build(cfg).eval()
     parts = dict(_parts(skeleton, depth))
-    one, two = (_count_macs(model, cfg, expressions, list(parts)) for expressions in (1, 2))
+    one, two = (count_macs(model, _inputs(cfg, count), list(parts)) for count in (1, 2))
     per_expression = two["Global"] - one["Global"]
     return {
         "parameters": {
@@ -108,13 +108,19 @@ class _PartCounter(FlopCounterMode):
         return result
 
 
-def _count_macs(
-    model: nn.Module, cfg: CfgNode, expressions: int, parts: Sequence[str]
-) -> dict[str, int]:
-    """Multiply-adds by part; "Global" is the whole."""
+def count_macs(model: nn.Module, inputs: dict, parts: Sequence[str] = ()) -> dict[str, int]:
+    """Multiply-adds of segmenting one image with its expressions, by part; "Global" is the whole."""
+    counter = _PartCounter(model, parts)
+    with counter:
+        model([inputs])
+    flops = {**counter.part_flops, "Global": counter.get_total_flops()}
+    return {name: count // 2 for name, count in flops.items()}
+
+
+def _inputs(cfg: CfgNode, expressions: int) -> dict:
     height, width = cfg.INPUT.RIS.SIZE
     length = cfg.INPUT.RIS.MAX_TOKENS
-    inputs = {
+    return {
         "image": torch.zeros(3, height, width, dtype=torch.uint8),
         "views": {name: torch.zeros(3, h, w) for name, h, w in cfg.INPUT.RIS.VIEWS},
         "content_box": (0, 0, width, height),
@@ -124,11 +130,6 @@ def _count_macs(
         "text_mask": torch.ones(expressions, length, dtype=torch.bool),
         "expressions": [{"expression_id": i} for i in range(expressions)],
     }
-    counter = _PartCounter(model, parts)
-    with counter:
-        model([inputs])
-    flops = {**counter.part_flops, "Global": counter.get_total_flops()}
-    return {name: count // 2 for name, count in flops.items()}
 
 
 def as_table(report: dict) -> str:

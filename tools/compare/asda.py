@@ -9,7 +9,7 @@ the tokenizer). Their weights go through our converter of released checkpoints.
 from pathlib import Path
 
 import torch
-from comparison import Source, Table, randomise, run, stub
+from comparison import Source, Table, randomise, run, stub, unit
 
 from ris_d2 import load_config
 from ris_d2.checkpoint import convert_state_dict
@@ -55,6 +55,18 @@ def compare(checkouts: list[Path], table: Table) -> None:
         table.add(f"selected {level} layer", outputs[f"{level}_layer"], chosen, 0)
     table.add("coefficients", coefficients[0], torch.tanh(seen["projout"]), TOLERANCE)
     table.add("mask logits", outputs["mask_logits"], masks[:, 0], TOLERANCE)
+    one = slice(2, 3)
+    table.race(
+        "asda",
+        lambda: theirs(images[one], input_ids[one, None], text_mask[one, None]),
+        ours,
+        lambda count: unit(
+            torch.randint(256, (3, 416, 416), dtype=torch.uint8),
+            {},
+            input_ids[one].repeat(count, 1),
+            text_mask[one].repeat(count, 1),
+        ),
+    )
 
 
 def _public_model(checkouts: list[Path]) -> torch.nn.Module:

@@ -1,18 +1,25 @@
-"""What the comparisons with public code share: checkouts, seeded weights, table of differences."""
+"""What the comparisons with public code share: checkouts, seeded weights, differences, times."""
 
 import argparse
 import contextlib
 import os
 import subprocess
 import sys
+import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+
+# Beside this folder lies what all programs share.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from _timing import in_turns, median_ratio, percentile
 
 
 @dataclass(frozen=True)
@@ -30,9 +37,11 @@ class Source:
 
 @dataclass
 class Table:
-    """The greatest differences between ours and theirs."""
+    """The greatest differences between ours and theirs; with --time, their times."""
 
+    seconds: float = 0.0
     rows: list[tuple[str, float, float, float]] = field(default_factory=list)
+    times: list[tuple[str, float, float]] = field(default_factory=list)
 
     def add(self, name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
         """Compare two tensors of one shape; ``tolerance`` bounds the absolute difference.
@@ -45,6 +54,45 @@ class Table:
         difference = (ours.double() - theirs.double()).abs().max().item()
         self.rows.append((name, theirs.double().abs().max().item(), difference, tolerance))
 
+    def race(
+        self,
+        name: str,
+        theirs: Callable[[], object],
+        ours: nn.Module,
+        unit: Callable[[int], dict],
+        counts: Sequence[int] = (1, 8),
+    ) -> None:
+        """With --time: time theirs and ours in turns, and note ours per sentence as a share of theirs.
+
+        Args:
+            theirs: segments one sentence in one image, in fp32.
+            ours: segments one image with so many sentences, in fp32 and with PRECISION auto.
+            unit: number of sentences -> input of ours.
+        """
+        if not self.seconds:
+            return
+
+        def answer(precision: str, inputs: list[dict]) -> None:
+            ours.precision = precision
+            ours(inputs)
+
+        contestants: dict[str, Callable[[], object]] = {f"{name}, public code": theirs}
+        for count in counts:
+            for precision in ("fp32", "auto"):
+                noun = "1 sentence" if count == 1 else f"{count} sentences"
+                contestants[f"{name}, {noun}, {precision}"] = partial(
+                    answer, precision, [unit(count)]
+                )
+        torch.backends.mha.set_fastpath_enabled(True)
+        # On a machine with other work, time on a processor says more than time by the clock.
+        times = in_turns(contestants, seconds=self.seconds, clock=time.process_time)
+        torch.backends.mha.set_fastpath_enabled(False)
+        reference, *_ = times.values()
+        sentences = [1, *(count for count in counts for _ in range(2))]
+        for (label, own), count in zip(times.items(), sentences, strict=True):
+            share = median_ratio(own, reference) / count
+            self.times.append((label, 1000 * percentile(own, 50), share))
+
     @property
     def failures(self) -> list[str]:
         # "not <=" and not ">": a nan is a failure, too.
@@ -53,7 +101,12 @@ class Table:
     def __str__(self) -> str:
         header = ["compared", "greatest value", "greatest difference", "allowed"]
         rows = [[n, f"{size:.3g}", f"{d:.1e}", f"{t:.0e}"] for n, size, d, t in self.rows]
-        return tabulate(rows, header, tablefmt="pipe", disable_numparse=True)
+        table = tabulate(rows, header, tablefmt="pipe", disable_numparse=True)
+        if not self.times:
+            return table
+        header = ["timed", "ms of CPU", "per sentence, of the public code's"]
+        rows = [[name, f"{ms:.0f}", f"{share:.2f}"] for name, ms, share in self.times]
+        return f"{table}\n\n" + tabulate(rows, header, tablefmt="pipe", disable_numparse=True)
 
 
 def run(
@@ -79,6 +132,13 @@ def run(
             help=f"folder of a checkout of {source.repository}, commit {source.commit[:7]}",
         )
     parser.add_argument("--part", nargs="+", choices=list(parts), default=list(parts))
+    parser.add_argument(
+        "--time",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="also time whole models, in turns, each for so long (DeRIS and ASDA)",
+    )
     args = parser.parse_args(arguments)
 
     checkouts = [getattr(args, source.argument).resolve() for source in sources]
@@ -86,13 +146,28 @@ def run(
         _check(checkout, source)
     sys.path[:0] = [str(checkout) for checkout in checkouts]
     torch.backends.mha.set_fastpath_enabled(False)  # one arithmetic for all
-    table = Table()
+    table = Table(args.time)
     for name in args.part:
         torch.manual_seed(0)  # random buffers, which randomise leaves alone
         parts[name](checkouts, table)
     print(table)
     if table.failures:
         sys.exit("differs by more than allowed: " + ", ".join(table.failures))
+
+
+def unit(image: Tensor, views: dict[str, Tensor], input_ids: Tensor, text_mask: Tensor) -> dict:
+    """Input of our models: one image uint8 (3, H, W) with E sentences (E, L); masks of its size."""
+    height, width = image.shape[-2:]
+    return {
+        "image": image,
+        "views": views,
+        "content_box": (0, 0, width, height),
+        "height": height,
+        "width": width,
+        "input_ids": input_ids,
+        "text_mask": text_mask,
+        "expressions": [{"expression_id": i} for i in range(len(input_ids))],
+    }
 
 
 def _check(checkout: Path, source: Source) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pycocotools.mask as maskUtils
 import torch
 import torch.nn.functional as F
-from comparison import Source, Table, inside, randomise, run, stub
+from comparison import Source, Table, inside, randomise, run, stub, unit
 from torch import Tensor
 
 from ris_d2 import load_config
@@ -98,6 +98,20 @@ def compare(checkouts: list[Path], table: Table, *, name: str) -> None:
     for what in our_results[0]:
         our, their = (torch.cat([x[what] for x in y]) for y in (our_results, their_results))
         table.add(f"{name}, {what}", our, their, TOLERANCE)
+    one = slice(1, 2)
+    table.race(
+        name,
+        lambda: _theirs(
+            understanding, perception, images[one], small[one], input_ids[one], ~text_mask[one]
+        ),
+        ours,
+        lambda count: unit(
+            torch.randint(256, (3, 384, 384), dtype=torch.uint8),
+            {"cognition": torch.randint(256, (3, 224, 224), dtype=torch.uint8)},
+            input_ids[one].repeat(count, 1),
+            text_mask[one].repeat(count, 1),
+        ),
+    )
 
 
 def _theirs(
