@@ -1,9 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.modeling import build_model
 
 from ris_d2 import load_config
 from ris_d2.modeling.asda import ASDA
+from ris_d2.modeling.asda.blocks import convolve_enlarged
 
 LEAF = "configs/asda_clip_vit_b.yaml"
 VARIANTS = {
@@ -219,3 +221,15 @@ def test_bfloat16_stays_near_fp32(tiny_cfg, make_inputs):
     sum(losses.values()).backward()
     assert {n: loss.item() for n, loss in losses.items()} == pytest.approx(expected, rel=0.03)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_convolution_of_an_enlarged_map_and_its_gradients():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    enlarged = F.interpolate(x, scale_factor=2, mode="nearest")
+    expected, result = F.conv2d(enlarged, weight, padding=1), convolve_enlarged(x, weight)
+    assert torch.allclose(result, expected)
+    seed = torch.randn_like(expected)
+    for a, b in zip(*(torch.autograd.grad(y, (x, weight), seed) for y in (result, expected))):
+        assert torch.allclose(a, b)
