@@ -2,6 +2,7 @@
 #   make quickstart   generate RefShapes, train the tiny Shared-RIS on it, evaluate, draw predictions
 #   make test         run the test suite
 #   make overfit      train every small model until it knows 16 sentences by heart (about 4 minutes)
+#   make gpu          on a machine with an NVIDIA GPU: tests, speed, memory, training -> docs/gpu.md
 # All first make $(VENV) with everything in it (about 3 GB to download), once.
 # make PYTHON=python3.12 quickstart chooses the interpreter; VENV=dir puts it elsewhere.
 
@@ -11,7 +12,7 @@ BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 INSTALLED = $(VENV)/.ris_d2-installed
 
-.PHONY: quickstart test overfit
+.PHONY: quickstart test overfit gpu
 
 quickstart: $(INSTALLED)
 	@$(BIN)/python -W ignore::FutureWarning tools/quickstart.py
@@ -21,6 +22,9 @@ test: $(INSTALLED)
 
 overfit: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m overfit
+
+gpu: $(INSTALLED)
+	$(BIN)/python -W ignore::FutureWarning tools/gpu_page.py
 
 # pip itself is left as it is: from 26.3 on it refuses the sdist that the installer downloads, which
 # then takes a detour. torch and setuptools come first because that sdist's setup.py imports them,

@@ -35,6 +35,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice, product
+from typing import Any
 
 from _program import Parser, run
 
@@ -362,10 +363,11 @@ def run_part(
     return measure_models(columns, args) if part == "model" else PARTS[part](*columns, args)
 
 
-def _in_a_process(*arguments: object) -> Figures | list[Figures]:
-    # Of its own, so that its peak memory is its own; not daemonic, so that it may have workers.
+def in_a_process(function: Callable, *arguments: object) -> Any:
+    """What the function returns. In a process of its own, its peak memory is its own."""
+    # Not one of multiprocessing.Pool: those may not have processes, as data loaders want them.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(run_part, *arguments).result()
+        return pool.submit(function, *arguments).result()
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -374,14 +376,16 @@ def measure(args: argparse.Namespace) -> dict:
     parts: list[dict[str, Figures]] = [{} for _ in columns]
     for part in args.parts:
         if part == "model":
-            for own, figures in zip(parts, _in_a_process(part, columns, args), strict=True):
+            for own, figures in zip(
+                parts, in_a_process(run_part, part, columns, args), strict=True
+            ):
                 own[part] = figures
             continue
         seen = set()
         for own, column in zip(parts, columns, strict=True):
             source = column.config_file, column.model
             if part not in ONE_THREAD or source not in seen:
-                own[part] = _in_a_process(part, [column], args)
+                own[part] = in_a_process(run_part, part, [column], args)
             seen.add(source)
     return {
         "machine": machine(args.threads or torch.get_num_threads()),
