@@ -38,6 +38,7 @@ if __name__ == "__main__":
     parse()  # --help and mistakes are answered before the imports below, which take seconds
 
 import numpy as np
+import torch
 from detectron2.data import DatasetCatalog
 from matplotlib.figure import Figure
 from tabulate import tabulate
@@ -70,6 +71,19 @@ def expression_type(text: str) -> str:
     return "position" if position else "attribute" if attribute else "neither"
 
 
+@torch.no_grad()
+def selected_layers(model: ASDA, inputs: dict) -> dict[str, torch.Tensor]:
+    """What the sentences of one input choose, without segmenting anything.
+
+    Returns:
+        "low" and "mid" -> int64 (E,), 1-based layers of the vision encoder, on the CPU.
+    """
+    features, text = model.encode([inputs]), model._collate_text([inputs])
+    with model._autocast():
+        *_, selected = model.read_and_select(features, *text)
+    return {name: level.layers.cpu() for name, level in selected.items()}
+
+
 def count(predictor: Predictor, dataset: str, *, images: int, seed: int) -> dict[str, dict]:
     """Type -> {"sentences", level: Counter of layers} over images of a dataset drawn by chance."""
     levels = predictor.model.selection.levels
@@ -79,7 +93,7 @@ def count(predictor: Predictor, dataset: str, *, images: int, seed: int) -> dict
         record = records[number]
         texts = [expression["text"] for expression in record["expressions"]]
         inputs = predictor.prepare(load_rgb(record["file_name"]), texts)
-        selected = predictor.model.selected_layers([inputs])
+        selected = selected_layers(predictor.model, inputs)
         for row, text in enumerate(texts):
             of_type = counts[expression_type(text)]
             of_type["sentences"] += 1

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from detectron2.utils import comm
 from torch import Tensor
 
 
 def mask_bce(logits: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy, mean over pixels: logits (E, H, W), targets (E, H, W) in [0, 1] -> (E,)."""
+    """Binary cross-entropy, mean over pixels: (E, H, W), (E, H, W) in [0, 1] -> (E,)."""
     return mask_focal(logits, targets, alpha=-1, gamma=0)
 
 
@@ -30,7 +31,12 @@ def mask_focal(logits: Tensor, targets: Tensor, *, alpha: float, gamma: float) -
 
 def mask_dice(logits: Tensor, targets: Tensor, *, smooth: float = 1.0) -> Tensor:
     """Dice loss 1 - (2 sum(pg) + s) / (sum p + sum g + s): (E, H, W), (E, H, W) -> (E,)."""
-    probabilities, targets = logits.float().sigmoid().flatten(1), targets.float().flatten(1)
+    return dice_loss(logits.float().sigmoid(), targets.float(), smooth=smooth)
+
+
+def dice_loss(probabilities: Tensor, targets: Tensor, *, smooth: float = 1.0) -> Tensor:
+    """As ``mask_dice``, of probabilities."""
+    probabilities, targets = probabilities.flatten(1), targets.flatten(1)
     overlap = (probabilities * targets).sum(1)
     return 1 - (2 * overlap + smooth) / (probabilities.sum(1) + targets.sum(1) + smooth)
 
@@ -60,13 +66,14 @@ class FocalAndDice:
 
 
 def mean_over_processes(count: float, device: torch.device) -> float | Tensor:
-    """Mean of ``count`` over the processes, so that DDP's mean of gradients is the mean over samples.
+    """Mean of ``count`` over processes, so that DDP's mean of gradients is the mean over samples.
 
     To be divided by: where nothing was counted, and 0 is to be divided, it is just not 0.
     """
     nothing = 1e-6
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    processes = comm.get_world_size()
+    if processes == 1:
         return max(float(count), nothing)
     total = torch.full((), float(count), device=device)  # not read: that would wait for a GPU
     torch.distributed.all_reduce(total)
-    return (total / torch.distributed.get_world_size()).clamp(min=nothing)
+    return (total / processes).clamp(min=nothing)

@@ -6,13 +6,18 @@ from typing import Any
 from detectron2.config import CfgNode
 
 
-def arguments(node: CfgNode, *keys: str) -> dict[str, Any]:
+def arguments(node: CfgNode, *keys: str, **renamed: str) -> dict[str, Any]:
     """Keys of a config node as arguments of the same names in lower case: those named, or all.
 
     For ``from_config`` of a class whose arguments are its keys; groups of keys are left out.
+
+    Args:
+        renamed: argument -> key, where the names differ.
     """
-    keys = keys or tuple(key for key in node if not isinstance(node[key], CfgNode))
-    return {key.lower(): getattr(node, key) for key in keys}
+    if not keys and not renamed:
+        keys = tuple(key for key in node if not isinstance(node[key], CfgNode))
+    renamed |= {key.lower(): key for key in keys}
+    return {name: getattr(node, key) for name, key in renamed.items()}
 
 
 def check_choice(key: str, value: Any, known: Iterable[Any]) -> None:

@@ -26,9 +26,10 @@ def restore_masks(
         input_size: (height, width) of the model input.
         content_box: (x0, y0, x1, y1) in pixels of the model input, where the image lies in it.
         output_size: (height, width).
-        order: what is resized: "probabilities", "logits" or "binary" masks, see MODEL.RIS.MASK_ORDER.
-        threshold: a pixel is foreground if its probability exceeds this. None: the probabilities are
-            wanted, also where ``order`` is "binary".
+        order: what is resized: "probabilities", "logits" or "binary" masks, see
+            MODEL.RIS.MASK_ORDER.
+        threshold: a pixel is foreground if its probability exceeds this. None: the probabilities
+            are wanted, also where ``order`` is "binary".
 
     Returns:
         bool (E, *output_size), or float probabilities.

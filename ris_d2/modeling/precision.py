@@ -3,14 +3,14 @@
 import torch
 from torch import nn
 
-# Parameters from which bf16 is faster. On a CPU with AVX512-BF16, a BEiT-3 of 10 M on 256 x 256 needs
-# 0.56 of its time in fp32, one of 77 M 0.42; of the small models on 64 x 64 (2 M), whose tensors are
-# converted for as long as they are multiplied, some need more.
+# Parameters from which bf16 is faster. On a CPU with AVX512-BF16, a BEiT-3 of 10 M on 256 x 256
+# needs 0.56 of its time in fp32, one of 77 M 0.42; of the small models on 64 x 64 (2 M), whose
+# tensors are converted for as long as they are multiplied, some need more.
 MIN_PARAMETERS = 10_000_000
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrices have units of their own: CUDA 8.0 and later, CPUs with AMX or AVX512-BF16."""
+    """Whether bf16 has units of its own: CUDA 8.0 and later, CPUs with AMX or AVX512-BF16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":

@@ -29,19 +29,21 @@ class ReferringSegmenter(nn.Module):
     """Base of the meta-architectures: images and sentences in, losses or masks out.
 
     A method implements ``encode_images`` (once per image), ``segment`` (once per expression) and
-    ``mask_losses``, or has a ``loss``; one with losses that are no means over expressions implements
-    ``losses``, one that predicts instances ``predict``. The base collates, normalises and pads, autocasts, freezes, slices
-    expressions in evaluation with image features kept, and restores masks to the requested size.
+    ``mask_losses``, or has a ``loss``; one with losses that are no means over expressions
+    implements ``losses``, one that predicts instances ``predict``. The base collates, normalises
+    and pads, autocasts, freezes, slices expressions in evaluation with image features kept, and
+    restores masks to the requested size.
 
     A part that ``freeze`` names is frozen as the method's constructor assigns it.
 
     Args:
         pixel_mean, pixel_std: per RGB channel, in 0..255.
-        input_size: (height, width) that smaller images are padded to with zeros after normalisation.
+        input_size: (height, width) that smaller images are padded to with zeros after
+            normalisation.
         precision: fp32, bf16, fp16 or auto; the autocast dtype of the forward pass.
         compiles: run ``encode_images`` and ``segment`` through torch.compile.
-        freeze: part -> "eval" or "train": parts without gradients and the mode they stay in; "none":
-            a part that a config's _BASE_ freezes and the config does not.
+        freeze: part -> "eval" or "train": parts without gradients and the mode they stay in;
+            "none": a part that a config's _BASE_ freezes and the config does not.
         no_target: none, area or head; see MODEL.RIS.NO_TARGET.
         sentence_dim: channels of ``outputs["sentence"]``; with no_target "head" the base builds an
             ExistenceHead on it. None for methods that decide themselves.
@@ -63,7 +65,7 @@ class ReferringSegmenter(nn.Module):
     weight_parts: Mapping[str, str | tuple[str, ...]] = {}
     # Methods that mask padded tokens everywhere may have them cut off before they compute anything.
     trims_text = False
-    # (logits (E, h, w), targets (E, h, w)) -> name (starting with "loss") -> (E,), see ``mask_losses``.
+    # Logits (E, h, w), targets (E, h, w) -> name (starting with "loss") -> (E,).
     loss: Callable[[Tensor, Tensor], dict[str, Tensor]]
     # Rows of the method's token embedding; None = not checked.
     vocab_size: int | None = None
@@ -153,8 +155,8 @@ class ReferringSegmenter(nn.Module):
             text_mask: bool (E, L), True = real token.
 
         Returns:
-            at least "mask_logits" (E, h, w), and "sentence" (E, sentence_dim) if the method asked for
-            an existence head.
+            at least "mask_logits" (E, h, w), and "sentence" (E, sentence_dim) if the method asked
+            for an existence head.
         """
         raise NotImplementedError
 
@@ -178,7 +180,8 @@ class ReferringSegmenter(nn.Module):
             batched_inputs: as in ``forward``.
 
         Returns:
-            "masks" bool (E, H, W), the referred masks at the padded input size; "exists" float (E,).
+            "masks" bool (E, H, W), the referred masks at the padded input size; "exists" float
+            (E,).
         """
         exists = torch.cat([x["targets"].any(1) for x in batched_inputs]).float()
         return {
@@ -227,7 +230,8 @@ class ReferringSegmenter(nn.Module):
     def decide(
         self, outputs: dict[str, Any], rows: slice, inputs: dict
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What of ``predict`` does not depend on the output's size, of which exported graphs are made.
+        """The part of ``predict`` that does not depend on the output's size: exported graphs have
+        it.
 
         Returns:
             mask logits (E, h, w), over the whole input; scores and absent as of ``predict``.
@@ -251,18 +255,18 @@ class ReferringSegmenter(nn.Module):
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
         """
         Args:
-            batched_inputs: one dict per unit, as ReferringMapper makes them: "image" uint8 (3, h, w),
-                "views", "input_ids" int64 (E, L), "text_mask" bool (E, L); in training "instances"
-                with gt_masks (N, h, w) and "targets" bool (E, N); in evaluation "height", "width",
-                "content_box" (x0, y0, x1, y1) in input pixels, "expressions"; if wished "thresholds"
-                (see ``thresholds``) and "probabilities": True.
+            batched_inputs: one dict per unit, as ReferringMapper makes them: "image" uint8 (3, h,
+                w), "views", "input_ids" int64 (E, L), "text_mask" bool (E, L); in training
+                "instances" with gt_masks (N, h, w) and "targets" bool (E, N); in evaluation
+                "height", "width", "content_box" (x0, y0, x1, y1) in input pixels, "expressions"; if
+                wished "thresholds" (see ``thresholds``) and "probabilities": True.
 
         Returns:
             training: name -> scalar loss, means over the expressions of all processes.
-            evaluation: per unit {"referring": [...]}, one dict per expression: "expression_id", "mask"
-            bool (height, width) on the model's device, "score" (existence probability if there is a
-            head, else the highest mask probability), "no_target", "instances", and "probabilities"
-            float (height, width) where the input asks for them.
+            evaluation: per unit {"referring": [...]}, one dict per expression: "expression_id",
+            "mask" bool (height, width) on the model's device, "score" (existence probability if
+            there is a head, else the highest mask probability), "no_target", "instances", and
+            "probabilities" float (height, width) where the input asks for them.
         """
         if self.training:
             self._warn_of_what_nobody_applied()
@@ -272,8 +276,8 @@ class ReferringSegmenter(nn.Module):
     def _warn_of_what_nobody_applied(self) -> None:
         if self.to_be_applied:
             logger.warning(
-                "%s is trained without what the config says under %s: the optimizer was not built by "
-                "ris_d2.engine.build_optimizer, or the weights were not loaded by "
+                "%s is trained without what the config says under %s: the optimizer was not built "
+                "by ris_d2.engine.build_optimizer, or the weights were not loaded by "
                 "ris_d2.checkpoint.load_init. docs/extending.md has the lines for another trainer",
                 type(self).__name__,
                 " and ".join(sorted(self.to_be_applied)),
@@ -322,7 +326,7 @@ class ReferringSegmenter(nn.Module):
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """What decides in evaluation; an input's "thresholds" may set them, by these names, for itself."""
+        """What decides in evaluation; an input's "thresholds" may set them, by these names."""
         used = {"mask_threshold": self.mask_threshold}
         if self.existence_head is not None:
             used["existence_threshold"] = self.existence_threshold
@@ -336,7 +340,7 @@ class ReferringSegmenter(nn.Module):
 
     @torch.no_grad()
     def encode(self, batched_inputs: list[dict]) -> Any:
-        """What ``answer`` takes, as often as wished: features of B inputs, whatever their sentences."""
+        """Features of B inputs, whatever their sentences, for any number of calls of ``answer``."""
         images, views = self._collate_images(batched_inputs)
         with self._autocast():
             return self._run("encode_images", images, views)
@@ -380,8 +384,8 @@ class ReferringSegmenter(nn.Module):
         return outputs
 
     def _results(self, outputs: dict[str, Any], owners: Sequence[tuple[dict, dict]]) -> list[dict]:
-        """Outputs of E expressions and the (input, expression) each belongs to -> E results, whose "score"
-        and "no_target" are float tensors ()."""
+        """Outputs of E expressions and the (input, expression) each belongs to -> E results, whose
+        "score" and "no_target" are float tensors ()."""
         results = []
         # Expressions of one image share its geometry and are restored together.
         for group in _runs([id(x) for x, _ in owners]):
@@ -406,7 +410,7 @@ class ReferringSegmenter(nn.Module):
         return results
 
     def shrink_targets(self, masks: Tensor, size: tuple[int, int]) -> Tensor:
-        """Masks bool (E, H, W) at the input size -> targets float (E, h, w) in [0, 1] at ``size``."""
+        """Masks bool (E, H, W) at the input size -> targets float (E, h, w) in [0, 1]."""
         return resize_maps(masks, size, self.target_resizing)
 
     def restore(self, logits: Tensor, inputs: dict, **threshold: float | None) -> Tensor:
@@ -421,21 +425,16 @@ class ReferringSegmenter(nn.Module):
         )
 
     def _collate_images(self, batched_inputs: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
-        height, width = self.input_size
-        sizes = [tuple(x["image"].shape[-2:]) for x in batched_inputs]
-        for (h, w), x in zip(sizes, batched_inputs, strict=True):
+        for x in batched_inputs:
+            (h, w), (height, width) = x["image"].shape[-2:], self.input_size
             if h > height or w > width:
                 raise ValueError(
                     f"{x.get('file_name', 'image')}: input of {h}x{w} exceeds "
                     f"INPUT.RIS.SIZE {height}x{width}"
                 )
-        images = self._normalize(
-            [
-                F.pad(x["image"], (0, width - w, 0, height - h))
-                for (h, w), x in zip(sizes, batched_inputs, strict=True)
-            ]
-        )
-        for image, (h, w) in zip(images, sizes, strict=True):
+        images = self._normalize([self._pad(x["image"]) for x in batched_inputs])
+        for image, x in zip(images, batched_inputs, strict=True):
+            h, w = x["image"].shape[-2:]
             image[:, h:], image[:, :, w:] = 0, 0  # the mean's colour, not black
         views = {
             name: self._normalize([x["views"][name] for x in batched_inputs])
@@ -474,7 +473,7 @@ class ReferringSegmenter(nn.Module):
         return tuple(self._move(x) for x in (image_index, input_ids, text_mask))
 
     def _referred_masks(self, batched_inputs: list[dict]) -> Tensor:
-        """Union of each expression's instances: bool (E, H, W) at the padded input size, on the CPU."""
+        """Union of each expression's instances: bool (E, H, W) at the input size, on the CPU."""
         unions = []
         for x in batched_inputs:
             masks = self._pad(x["instances"].gt_masks.tensor)
@@ -482,10 +481,10 @@ class ReferringSegmenter(nn.Module):
             unions.append(union.view(-1, *masks.shape[1:]))
         return torch.cat(unions)
 
-    def _pad(self, masks: Tensor) -> Tensor:
+    def _pad(self, maps: Tensor) -> Tensor:
         """(N, h, w) -> (N, H, W), the model's input size."""
         height, width = self.input_size
-        return F.pad(masks, (0, width - masks.shape[-1], 0, height - masks.shape[-2]))
+        return F.pad(maps, (0, width - maps.shape[-1], 0, height - maps.shape[-2]))
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.precision == "auto":  # asked now, when the device is known
@@ -507,8 +506,8 @@ def _compiled(function: Callable) -> Callable:
     compiler = os.environ.get("CXX", "g++")
     if not shutil.which(compiler):
         raise ValueError(
-            f"MODEL.RIS.COMPILE needs a C++ compiler, and there is no {compiler}: install one, name it "
-            "in $CXX, or leave COMPILE False"
+            f"MODEL.RIS.COMPILE needs a C++ compiler, and there is no {compiler}: install one, "
+            "name it in $CXX, or leave COMPILE False"
         )
     return torch.compile(function, fullgraph=True)
 

@@ -34,6 +34,7 @@ class AdaptiveFeatureSelection(nn.Module):
         levels: dict[str, Sequence[int]],
         network: Callable[..., nn.Module],
         mode: str,
+        grid: tuple[int, int],
     ):
         """
         Args:
@@ -43,6 +44,7 @@ class AdaptiveFeatureSelection(nn.Module):
             mode: hard (as released: no gradient reaches the scores, they stay as they were
                 initialised, and are frozen), straight_through (hard forward, soft backward) or soft
                 (a mixture of the candidates).
+            grid: (h, w) of the vision encoder's tokens.
 
         Raises:
             ValueError: for an unknown mode.
@@ -50,7 +52,7 @@ class AdaptiveFeatureSelection(nn.Module):
         super().__init__()
         check_choice("MODEL.ASDA.SELECTION.MODE", mode, ("hard", "straight_through", "soft"))
         self.levels = {name: tuple(layers) for name, layers in levels.items()}
-        self.mode = mode
+        self.mode, self.grid = mode, grid
         for name, layers in self.levels.items():
             self.register_buffer(f"layers_of_{name}", torch.tensor(layers), persistent=False)
         chosen = {name: layers for name, layers in self.levels.items() if len(layers) > 1}
@@ -62,39 +64,27 @@ class AdaptiveFeatureSelection(nn.Module):
             self.requires_grad_(False)
 
     def forward(
-        self,
-        states: Sequence[Tensor],
-        sentences: Sequence[Tensor],
-        image_index: Tensor,
-        grid: tuple[int, int],
+        self, states: Sequence[Tensor], sentences: Sequence[Tensor], image_index: Tensor
     ) -> dict[str, Selected]:
         """
         Args:
             states: of the vision encoder, per layer (B, 1 + h w, C), [CLS] first.
             sentences: per layer (E, D), what the [CLS] of that layer is compared with.
             image_index: int64 (E,), the image of each expression.
-            grid: (h, w).
 
         Returns:
             level -> what was selected.
         """
-        return {
-            name: self._select(name, states, sentences, image_index, grid) for name in self.levels
-        }
+        return {name: self._select(name, states, sentences, image_index) for name in self.levels}
 
     def _select(
-        self,
-        name: str,
-        states: Sequence[Tensor],
-        sentences: Sequence[Tensor],
-        image_index: Tensor,
-        grid: tuple[int, int],
+        self, name: str, states: Sequence[Tensor], sentences: Sequence[Tensor], image_index: Tensor
     ) -> Selected:
         layers = self.levels[name]
         candidates = torch.stack([states[layer - 1][:, 1:] for layer in layers], 1)  # (B, K, n, C)
         if name not in self.networks:
             chosen_layers = torch.full_like(image_index, layers[0])
-            return Selected(to_map(candidates[:, 0], grid), image_index, chosen_layers)
+            return Selected(to_map(candidates[:, 0], self.grid), image_index, chosen_layers)
         scores = self.score(name, states, sentences, image_index)
         choice = scores.argmax(1)
         chosen_layers = getattr(self, f"layers_of_{name}")[choice]
@@ -113,7 +103,7 @@ class AdaptiveFeatureSelection(nn.Module):
             few = torch.compiler.is_compiling() or choice.shape[0] < tokens.shape[0]
             if self.training or few:
                 tokens, rows = tokens[rows], torch.arange(choice.shape[0], device=choice.device)
-        return Selected(to_map(tokens, grid), rows, chosen_layers)
+        return Selected(to_map(tokens, self.grid), rows, chosen_layers)
 
     def score(
         self, name: str, states: Sequence[Tensor], sentences: Sequence[Tensor], image_index: Tensor

@@ -70,25 +70,19 @@ class ASDA(ReferringSegmenter):
         Args:
             projection: of the last layer's features, for the fusion with the sentence.
             attention, word_attention: None leaves them out (Table 2 a to d).
-            coefficients: the second branch; None: the decoder makes the mask itself, of features that
-                have read the words if there is a ``word_attention`` (Table 2 e).
+            coefficients: the second branch; None: the decoder makes the mask itself, of features
+                that have read the words if there is a ``word_attention`` (Table 2 e).
             layerwise_text: compare the [CLS] of a layer with the sentence in the same layer of the
                 text encoder, as released, instead of with f_E.
             sigmoid_responses: response masks through a sigmoid (Eq. 7) instead of a ReLU.
             segmenter: see ReferringSegmenter.
         """
         super().__init__(**segmenter)
-        self.vision = vision
-        self.text = text
-        self.vocab_size = text.vocab_size
-        self.projection = projection
-        self.selection = selection
-        self.fusion = fusion
-        self.aggregator = aggregator
-        self.attention = attention
-        self.word_attention = word_attention
-        self.decoder = decoder
-        self.coefficients = coefficients
+        self.vision, self.text, self.vocab_size = vision, text, text.vocab_size
+        self.projection, self.selection = projection, selection
+        self.fusion, self.aggregator = fusion, aggregator
+        self.attention, self.word_attention = attention, word_attention
+        self.decoder, self.coefficients = decoder, coefficients
         self.layerwise_text = layerwise_text
         self.sigmoid_responses = sigmoid_responses
         self.loss = loss
@@ -116,6 +110,7 @@ class ASDA(ReferringSegmenter):
                 levels=levels if asda.AGGREGATOR != "none" else {},
                 network=partial(build_network, asda.SELECTION.NETWORK),
                 mode=asda.SELECTION.MODE,
+                grid=vision.grid,
             ),
             "fusion": GlobalFusion(vision_dim=vision.dim, text_dim=text.dim, norm=norm),
             "aggregator": build_aggregator(
@@ -124,16 +119,16 @@ class ASDA(ReferringSegmenter):
             **dict.fromkeys(("attention", "word_attention", "coefficients")),
         }
         if asda.ALIGNER != "none":
-            common = arguments(asda, "DIM", "NUM_HEADS", "DROPOUT", "PRE_NORM")
+            layer = arguments(asda, "DIM", "NUM_HEADS", "DROPOUT", "PRE_NORM")
             parts["attention"] = LocalVisualAttention(
-                **common, num_layers=asda.ATTENTION_LAYERS, grid=vision.grid
+                **layer, num_layers=asda.ATTENTION_LAYERS, grid=vision.grid
             )
-            parts["word_attention"] = WordGuidedAttention(**common, text_dim=text.dim)
-        common = {"dim": asda.DIM, "num_masks": num_masks, "norm": norm}
-        parts["decoder"] = SegmentationDecoder(**common, form=asda.DECODER)
+            parts["word_attention"] = WordGuidedAttention(**layer, text_dim=text.dim)
+        masks = {"dim": asda.DIM, "num_masks": num_masks, "norm": norm}
+        parts["decoder"] = SegmentationDecoder(**masks, form=asda.DECODER)
         if dual:
             parts["coefficients"] = CoefficientGenerator(
-                **common, grid=vision.grid, last_kernel=asda.COEFFICIENT_KERNEL
+                **masks, grid=vision.grid, last_kernel=asda.COEFFICIENT_KERNEL
             )
         return {
             **super().from_config(cfg),
@@ -151,19 +146,15 @@ class ASDA(ReferringSegmenter):
         return ImageFeatures(states, self.projection(self.vision.feature_map(states[-1])))
 
     def segment(
-        self,
-        features: ImageFeatures,
-        image_index: Tensor,
-        input_ids: Tensor,
-        text_mask: Tensor,
+        self, features: ImageFeatures, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
     ) -> dict[str, Tensor]:
         """
         Returns:
-            "mask_logits" (E, 8 h, 8 w); "sentence" (E, dim + D), see ``_evidence``; "coarse" and "fine"
-            (E, dim, h, w), features before and after the words (Fig. 4), "fine" only with words;
-            "low_layer" and "mid_layer" int64 (E,), 1-based, if layers are selected.
+            "mask_logits" (E, 8 h, 8 w); "sentence" (E, dim + D), see ``_evidence``; "coarse" and
+            "fine" (E, dim, h, w), features before and after the words (Fig. 4), "fine" only with
+            words; "low_layer" and "mid_layer" int64 (E,), 1-based, if layers are selected.
         """
-        words, sentence, selected = self._read_and_select(
+        words, sentence, selected = self.read_and_select(
             features, image_index, input_ids, text_mask
         )
         grid = self.vision.grid
@@ -187,7 +178,7 @@ class ASDA(ReferringSegmenter):
         outputs["mask_logits"] = mask_product(responses, weights)  # Eq. 10
         return outputs
 
-    def _read_and_select(
+    def read_and_select(
         self, features: ImageFeatures, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Selected]]:
         """Words f_T (E, L, D), sentence f_E (E, D), and the levels that it selects."""
@@ -199,36 +190,20 @@ class ASDA(ReferringSegmenter):
             sentences = [state[each, last_token] for state in layers]
         else:
             sentences = [sentence] * len(features.states)
-        grid = self.vision.grid
-        return words, sentence, self.selection(features.states, sentences, image_index, grid)
-
-    @torch.no_grad()
-    def selected_layers(self, batched_inputs: list[dict]) -> dict[str, Tensor]:
-        """Which layers sentences choose, without segmenting anything.
-
-        Args:
-            batched_inputs: as in evaluation.
-
-        Returns:
-            "low" and "mid" -> int64 (sum E,), 1-based layers of the vision encoder, on the CPU.
-        """
-        image_index, input_ids, text_mask = self._collate_text(batched_inputs)
-        with self._autocast():
-            features = self.encode_images(*self._collate_images(batched_inputs))
-            *_, selected = self._read_and_select(features, image_index, input_ids, text_mask)
-        return {name: level.layers.cpu() for name, level in selected.items()}
+        return words, sentence, self.selection(features.states, sentences, image_index)
 
 
 def _evidence(features: Tensor, sentence: Tensor) -> Tensor:
     """What an existence head reads: (E, dim, h, w), (E, D) -> (E, dim + D).
 
-    Ours, as the head is. f_E alone has not seen the image; a target exists where some pixel fits it.
+    Ours, as the head is. f_E alone has not seen the image; a target exists where some pixel fits
+    it.
     """
     return torch.cat([features.amax((2, 3)), sentence], 1)
 
 
 def _check(cfg: CfgNode, vision_depth: int, text_depth: int) -> None:
-    """Raise ValueError for words that no part knows, and for layers that the encoders do not have."""
+    """Raise ValueError for unknown words, and for layers that the encoders do not have."""
     asda = cfg.MODEL.ASDA
     check_choice("MODEL.ASDA.ALIGNER", asda.ALIGNER, ("dual", "single", "none"))
     check_choice("MODEL.ASDA.RESPONSES", asda.RESPONSES, ("relu", "sigmoid"))

@@ -60,8 +60,8 @@ def convolve_enlarged(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (E, D, 2 h, 2 w)
     """
-    # Of the nine pixels under the kernel at most four differ: their weights are added up first. In one
-    # dimension, x[i] meets outputs 2 i - 1 to 2 i + 2 by w2, w1 + w2, w0 + w1, w0.
+    # Of the nine pixels under the kernel at most four differ: their weights are added up first. In
+    # one dimension, x[i] meets outputs 2 i - 1 to 2 i + 2 by w2, w1 + w2, w0 + w1, w0.
     weight = F.pad(weight, (1, 1, 1, 1))
     weight = weight[:, :, 1:] + weight[:, :, :-1]
     weight = (weight[..., 1:] + weight[..., :-1]).flip(-1, -2).transpose(0, 1)

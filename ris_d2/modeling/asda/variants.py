@@ -61,8 +61,8 @@ def build_aggregator(name: str, *, vision_dim: int, dim: int, norm: Norm) -> nn.
 class DownscaleAggregator(nn.Module):
     """The Scale-wise Feature Aggregator of Eq. 5: middle / 2, low / 4, summed from the bottom up.
 
-    Eq. 5 does not say how levels shrink and grow: by average pooling (uneven rests kept, as 26 is no
-    multiple of 4) and nearest neighbours.
+    Eq. 5 does not say how levels shrink and grow: by average pooling (uneven rests kept, as 26 is
+    no multiple of 4) and nearest neighbours.
     """
 
     def __init__(self, *, vision_dim: int, dim: int, lateral_dim: int = 32):

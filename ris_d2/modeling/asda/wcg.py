@@ -10,8 +10,8 @@ from .blocks import ConvBlock, Norm
 class CoefficientGenerator(nn.Module):
     """Convolutions, and one linear map of all pixels to N_c coefficients.
 
-    The linear map knows every place of the grid apart, so that it exists for one input size; weights
-    of another size are resized when they are loaded.
+    The linear map knows every place of the grid apart, so that it exists for one input size;
+    weights of another size are resized when they are loaded.
     """
 
     def __init__(

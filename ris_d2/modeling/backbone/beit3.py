@@ -35,7 +35,7 @@ class Attention(nn.Module):
         self.inner_attn_ln = ModalityPair(lambda: nn.LayerNorm(dim))
 
     def forward(self, streams: Streams, attn_mask: Tensor | None) -> Streams:
-        """``attn_mask``: bool (B, 1, 1, k+T), True where a key may be attended; None = everywhere."""
+        """``attn_mask``: bool (B, 1, 1, k+T), True where a key may be attended; None: all."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         heads = [join(project(streams)) for project in projections]
         joint = attend_by_heads(*heads, self.num_heads, attn_mask)
@@ -112,7 +112,7 @@ class VisionEmbedding(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 1 + (H/p)(W/p), dim)"""
         patches = self.proj(images).flatten(2).transpose(1, 2)
-        # Not in half precision under autocast: what the layers add to it would be rounded each time.
+        # Not in half precision under autocast: what layers add to it would be rounded each time.
         patches = patches.to(self.cls_token.dtype)
         return torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], 1)
 
@@ -121,8 +121,8 @@ class VisionEmbedding(nn.Module):
 class RISBEiT3(Backbone):
     """BEiT-3 for joint, vision-only and text-only use.
 
-    As a detectron2 backbone (``forward``) it sees images alone. Referring methods call ``embed_image``
-    once per image, ``embed_text`` and ``encode`` once per expression.
+    As a detectron2 backbone (``forward``) it sees images alone. Referring methods call
+    ``embed_image`` once per image, ``embed_text`` and ``encode`` once per expression.
     """
 
     @configurable
@@ -147,12 +147,12 @@ class RISBEiT3(Backbone):
             image_size: (H, W), multiples of ``patch_size``; fixes the vision position table.
             init: of random weights: "released", or "scratch" where no pretrained ones follow.
             drop_path: probability in the last layer; it grows linearly from 0 in the first.
-            final_norm: build ``encoder.layer_norm``. Methods that read the residual stream leave it out,
-                since it would never receive a gradient.
+            final_norm: build ``encoder.layer_norm``. Methods that read the residual stream leave it
+                out, since it would never receive a gradient.
             checkpointing: recompute layers in the backward pass.
 
         Raises:
-            ValueError: if the image size is not a multiple of the patch size, or for an unknown stem or init.
+            ValueError: the image size is no multiple of the patch size, or unknown stem or init.
         """
         super().__init__()
         self.grid = patch_grid(image_size, patch_size)
@@ -280,7 +280,7 @@ def _init_released(module: nn.Module) -> None:
 
 
 def _init_scratch(module: nn.Module) -> None:
-    """Wider, so that attention is not uniform, and words do not drown in it, before anything is learned."""
+    """Wider, so that attention is not uniform at first, and words do not drown in it."""
     _init_released(module)
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)

@@ -35,7 +35,9 @@ def backbone_class(cfg: CfgNode, kind: type[Kind]) -> type[Kind]:
 def build_pyramid_backbone(
     cfg: CfgNode, levels: Sequence[str], kind: type[Backbone] | None = None
 ) -> Backbone:
-    """Build any backbone that gives ``levels``; detectron2's default name stands for ``kind``, if given.
+    """Build any backbone that gives ``levels``.
+
+    detectron2's default name stands for ``kind``, if that is given.
 
     Raises:
         ValueError: the name is unknown, or a level is missing.

@@ -39,7 +39,7 @@ class PatchEmbedding(nn.Module):
 
 @BACKBONE_REGISTRY.register()
 class RISCLIPViT(Backbone):
-    """CLIP's image encoder as a residual stream: no last LayerNorm, no projection to the joint space.
+    """CLIP's image encoder as a residual stream: no last LayerNorm, no projection.
 
     Attributes:
         grid: (H/p, W/p).

@@ -1,4 +1,4 @@
-"""Configuration keys of the backbones: default, meaning, and the paper's symbol where there is one."""
+"""Configuration keys of the backbones: default, meaning, the paper's symbol if there is one."""
 
 from detectron2.config import CfgNode as CN
 

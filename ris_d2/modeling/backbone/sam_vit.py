@@ -20,7 +20,8 @@ NECK_CHANNELS = 256
 
 @BACKBONE_REGISTRY.register()
 class RISSAMViT(Backbone):
-    """ViT with windowed attention and a few blocks of global attention, whose outputs are the features.
+    """ViT with windowed attention and a few blocks of global attention; their outputs are the
+    features.
 
     Parameter names are those of transformers' ``SamVisionModel``. Random weights are Xavier's, for
     training from scratch: the library's own (1e-10) give features of size 1e-8.
@@ -44,7 +45,7 @@ class RISSAMViT(Backbone):
 
         Args:
             image_size: (H, W), equal and a multiple of ``patch_size``; fixes the position tables.
-            global_blocks: blocks (0-based, increasing, the last block among them) with global attention.
+            global_blocks: blocks (0-based, increasing, with the last one) with global attention.
             stem: patch (SAM) or conv (ours, for training from scratch on small data).
             neck: also return what SAM's own mask decoder reads. Without it the neck, part of the
                 published encoder, is frozen: nothing would train it.
@@ -100,7 +101,8 @@ class RISSAMViT(Backbone):
 
         Returns:
             "global1", "global2", ...: outputs (B, embed_dim, H/16, W/16) of the blocks with global
-            attention, before the neck and without norm; with ``neck`` also "neck" (B, 256, H/16, W/16).
+            attention, before the neck and without norm; with ``neck`` also "neck" (B, 256, H/16,
+            W/16).
         """
         encoder = self.vision_encoder
         tokens = encoder.patch_embed(images) + encoder.pos_embed  # channel-last
@@ -123,8 +125,8 @@ class RISSAMViT(Backbone):
     def fit_state_dict(self, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Resize the positions of a checkpoint to this model's grid and windows.
 
-        Absolute positions bicubically; relative positions linearly, as SAM itself does where queries and
-        keys are of another number than its table.
+        Absolute positions bicubically; relative positions linearly, as SAM itself does where
+        queries and keys are of another number than its table.
 
         Returns:
             a new state dict, and the names of the tensors that changed size.
@@ -148,16 +150,17 @@ class RISSAMViT(Backbone):
 class DecomposedAttention(nn.Module):
     """Attention with SAM's relative positions of rows and columns, in one fused kernel.
 
-    The logit of query q and key k is q k / sqrt(d) + q r_h + q r_w, with r_h and r_w of the rows and
-    columns that lie between them. q r_h and q r_w are further channels of the query, and keys say with
-    as many channels in which row and column they are: there is no bias of (h w, h w), which takes
-    0.8 GB for SAM ViT-B at 1024 x 1024.
+    The logit of query q and key k is q k / sqrt(d) + q r_h + q r_w, with r_h and r_w of the rows
+    and columns that lie between them. q r_h and q r_w are further channels of the query, and keys
+    say with as many channels in which row and column they are: there is no bias of (h w, h w),
+    which takes 0.8 GB for SAM ViT-B at 1024 x 1024.
     """
 
     def __init__(self, attention: nn.Module):
         """
         Args:
-            attention: transformers' ``SamVisionAttention``, whose parameters this takes under their names.
+            attention: transformers' ``SamVisionAttention``, whose parameters this takes under their
+                names.
         """
         super().__init__()
         self.num_heads = attention.num_attention_heads

@@ -37,7 +37,8 @@ def window_partition(size: Size, window: int, shift: int) -> Partition:
     """Where the tokens of an (h, w) map lie in padded, cyclically shifted windows of M x M.
 
     Returns:
-        - int64 (n * M * M,): the token at each place of the n windows; h * w where there is padding.
+        - int64 (n * M * M,): the token at each place of the n windows; h * w where there is
+          padding.
         - int64 (h * w,): the place of each token.
         - (n, 1, M * M, M * M) logits of what may not meet in a window; None without shift.
     """
@@ -182,8 +183,8 @@ class PatchEmbedding(nn.Module):
 class RISSwin(Backbone):
     """Swin-T/S/B/L for images of any size.
 
-    ``forward`` runs everything; ``embed``, ``run_stage`` and ``downsample`` run it piece by piece for
-    methods whose sentence enters between the stages.
+    ``forward`` runs everything; ``embed``, ``run_stage`` and ``downsample`` run it piece by piece
+    for methods whose sentence enters between the stages.
     """
 
     @configurable
@@ -206,8 +207,8 @@ class RISSwin(Backbone):
             window_size: M, in tokens.
             drop_path: of the last block; grows linearly from 0 in the first.
             checkpointing: recompute blocks in the backward pass.
-            out_features: what ``forward`` returns, of "res2" ... "res5" (stage 0 ... 3); each has its
-                own LayerNorm, and the others have none.
+            out_features: what ``forward`` returns, of "res2" ... "res5" (stage 0 ... 3); each has
+                its own LayerNorm, and the others have none.
 
         Raises:
             ValueError: unless there are four depths and heads, channels divide by the heads, and
@@ -250,7 +251,7 @@ class RISSwin(Backbone):
         return arguments(cfg.MODEL.RIS.SWIN)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) -> {"res2": (B, C, H/4, W/4), ..., "res5": (B, 8C, H/32, W/32)}, rounded up."""
+        """(B, 3, H, W) -> {"res2": (B, C, H/4, W/4), ..., "res5": (B, 8C, H/32, W/32)}."""
         outputs = {}
         tokens, size = self.embed(images)
         for stage, name in enumerate(_FEATURES):

@@ -21,8 +21,8 @@ class RISViT(Backbone):
         Args:
             name: of a timm model, such as vit_base_patch16_224.
             image_size: (H, W); fixes the position table.
-            out_blocks: blocks (0-based, increasing) whose outputs are the features; blocks above the
-                last of them are not built.
+            out_blocks: blocks (0-based, increasing) whose outputs are the features; blocks above
+                the last of them are not built.
         """
         super().__init__()
         import timm

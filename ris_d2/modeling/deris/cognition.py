@@ -54,8 +54,8 @@ class CognitionLayer(nn.Module):
     def __init__(self, *, dim: int, num_heads: int, ffn_dim: int, instance_attention: str):
         """
         Args:
-            instance_attention: "queries": an expression's queries attend each other; "released": see
-                ``_attend_as_released``.
+            instance_attention: "queries": an expression's queries attend each other; "released":
+                see ``_attend_as_released``.
 
         Raises:
             ValueError: for an unknown instance attention.
@@ -79,8 +79,8 @@ class CognitionLayer(nn.Module):
         """
         Args:
             queries: (E, Q, C).
-            prior: (E, Q, C), what lies under each query's mask; it tells queries apart as a position
-                does, in queries and keys.
+            prior: (E, Q, C), what lies under each query's mask; it tells queries apart as a
+                position does, in queries and keys.
             text, text_mask, positions: see TextDecoderLayer.
 
         Returns:
@@ -197,10 +197,8 @@ class CognitionBranch(nn.Module):
             **arguments(deris, "DIM", "NUM_HEADS", "FFN_DIM", "NUM_QUERIES"),
             **arguments(deris, "INSTANCE_ATTENTION", "TEXT_POSITIONS"),
             "existence": ExistenceDecoder(
-                **arguments(deris, "DIM", "NUM_HEADS"),
-                ffn_dim=deris.EXISTENCE_FFN_DIM,
-                num_layers=deris.EXISTENCE_LAYERS,
-                dropout=deris.EXISTENCE_DROPOUT,
+                **arguments(deris, "DIM", "NUM_HEADS", ffn_dim="EXISTENCE_FFN_DIM"),
+                **arguments(deris, num_layers="EXISTENCE_LAYERS", dropout="EXISTENCE_DROPOUT"),
             ),
         }
 
@@ -209,11 +207,7 @@ class CognitionBranch(nn.Module):
         return self.encoder.embed_image(views[VIEW]) if self.looks else None
 
     def read(
-        self,
-        image_tokens: Tensor | None,
-        image_index: Tensor,
-        input_ids: Tensor,
-        text_mask: Tensor,
+        self, image_tokens: Tensor | None, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
     ) -> tuple[Tensor | None, Tensor]:
         """Read E sentences, with their images if the encoder sees them.
 

@@ -23,8 +23,8 @@ class DeRISCriterion(nn.Module):
     expression without target asks for.
 
     Normalisers (number of instances, class weights, expressions) are means over the processes, so
-    that several processes train as one does. (Released: the class and existence terms are normalised
-    per process; on one process it is the same.)
+    that several processes train as one does. (Released: the class and existence terms are
+    normalised per process; on one process it is the same.)
     """
 
     @configurable
@@ -35,8 +35,6 @@ class DeRISCriterion(nn.Module):
         existence_weight: float,
         not_referred_weight: float,
         num_points: int,
-        oversample_ratio: float = 3.0,
-        importance_ratio: float = 0.75,
         **weights: float,
     ):
         """
@@ -46,28 +44,18 @@ class DeRISCriterion(nn.Module):
             num_points: P per mask, in matching and loss.
             weights: class_weight, mask_weight and dice_weight, of the terms in the loss and in the
                 matching.
-            oversample_ratio: candidates per point of the loss, >= 1 (PointRend's, as released).
-            importance_ratio: share of points at the most uncertain candidates, in [0, 1] (likewise).
 
         Raises:
-            ValueError: num_points, oversample_ratio or importance_ratio out of range.
+            ValueError: no points.
         """
         super().__init__()
-        if num_points < 1 or oversample_ratio < 1 or not 0 <= importance_ratio <= 1:
-            raise ValueError(
-                "MODEL.DERIS needs NUM_POINTS >= 1, OVERSAMPLE_RATIO >= 1 and IMPORTANCE_RATIO in "
-                f"[0, 1], not {num_points}, {oversample_ratio}, {importance_ratio}"
-            )
+        if num_points < 1:
+            raise ValueError(f"MODEL.DERIS.NUM_POINTS is {num_points}, not at least 1")
         self.aux_weight, self.existence_weight = aux_weight, existence_weight
         self.not_referred_weight = not_referred_weight
         label_weights = torch.tensor([1.0, not_referred_weight])
         self.register_buffer("label_weights", label_weights, persistent=False)
         self.matcher = HungarianMatcher(num_points=num_points, **weights)
-        self.points = {
-            "num_points": num_points,
-            "oversample_ratio": oversample_ratio,
-            "importance_ratio": importance_ratio,
-        }
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -88,13 +76,13 @@ class DeRISCriterion(nn.Module):
     ) -> dict[str, Tensor]:
         """
         Args:
-            rounds: R of them, the last one final: "mask_logits" (E, Q, h, w), as the mask head gives
-                them, not upsampled; "class_logits" (E, Q, 2), before softmax, class 0 = referred,
-                1 = not. A round without "class_logits" (query flows that score once) is matched and
-                supervised on masks alone; the last one has them.
+            rounds: R of them, the last one final: "mask_logits" (E, Q, h, w), as the mask head
+                gives them, not upsampled; "class_logits" (E, Q, 2), before softmax, class 0 =
+                referred, 1 = not. A round without "class_logits" (query flows that score once) is
+                matched and supervised on masks alone; the last one has them.
             existence_logits: (E,), before sigmoid; positive = a target exists.
-            instance_masks: per unit bool (N, H, W) at the model's input size (padded if smaller), at
-                which losses are taken.
+            instance_masks: per unit bool (N, H, W) at the model's input size (padded if smaller),
+                at which losses are taken.
             targets: per unit bool (E of the unit, N), on the CPU: which instances each expression
                 refers to.
             names: per expression, of its image, for messages.
@@ -182,7 +170,7 @@ class DeRISCriterion(nn.Module):
             ]
         )
         size = masks.shape[-2:]
-        points = draw_uncertain_points(logits, size, **self.points)
+        points = draw_uncertain_points(logits, size, num_points=self.matcher.num_points)
         truths = sample_masks(masks[matched.flatten()], points)
         logits = sample_upsampled(logits[:, None], points, size)[:, 0]
         bce, dice = mask_bce(logits, truths), mask_dice(logits, truths)
@@ -195,7 +183,7 @@ class DeRISCriterion(nn.Module):
 def _referred(
     instance_masks: Sequence[Tensor], targets: Sequence[Tensor], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Referred instances of all expressions: masks float (M, H, W), their expressions int64 (M,) on the CPU."""
+    """Referred instances: masks float (M, H, W), their expressions int64 (M,) on the CPU."""
     owners, instances = torch.block_diag(*targets).nonzero().T
     masks = torch.cat(list(instance_masks)).to(device, non_blocking=True)
     return masks[instances.to(device, non_blocking=True)].float(), owners

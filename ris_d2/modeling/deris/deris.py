@@ -22,10 +22,10 @@ _NOWHERE = -100.0  # logit of a mask without a pixel
 
 @META_ARCH_REGISTRY.register()
 class DeRIS(ReferringSegmenter):
-    """Fig. 2: perception (Swin, pixel decoder, mask queries) and cognition (BEiT-3, scores) in loopback.
+    """Fig. 2: perception (Swin, pixel decoder, queries) and cognition (BEiT-3, scores) in loopback.
 
-    Swin and pixel decoder run once per image; BEiT-3, whose first layer lets image and sentence meet, and
-    the rounds run once per expression.
+    Swin and pixel decoder run once per image; BEiT-3, whose first layer lets image and sentence
+    meet, and the rounds run once per expression.
     """
 
     weight_parts = {
@@ -59,8 +59,7 @@ class DeRIS(ReferringSegmenter):
             segmenter: see ReferringSegmenter.
         """
         super().__init__(**segmenter)
-        self.perception = perception
-        self.cognition = cognition
+        self.perception, self.cognition = perception, cognition
         self.vocab_size = cognition.vocab_size
         self.criterion = criterion
         self.thinking_rounds = thinking_rounds(query_flow, len(perception.layers))
@@ -96,12 +95,13 @@ class DeRIS(ReferringSegmenter):
         """Loopback synergy: queries travel between perception and cognition.
 
         Round 0 has the initial queries, each of the N_r others those of a perception layer. A round
-        predicts masks, and if it is a thinking round, a cognition layer scores the queries and fuses
-        what it learned into them; they and the masks, as the area they may attend, go to the next.
+        predicts masks, and if it is a thinking round, a cognition layer scores the queries and
+        fuses what it learned into them; they and the masks, as the area they may attend, go to the
+        next.
 
         Returns:
-            "rounds" (see the package's docstring; scores of the last thinking round belong to the last
-            round) and "existence_logits" (E,).
+            "rounds" (see the package's docstring; scores of the last thinking round belong to the
+            last round) and "existence_logits" (E,).
         """
         perceived, image_tokens = features
         visual, text = self.cognition.read(image_tokens, image_index, input_ids, text_mask)
@@ -112,7 +112,7 @@ class DeRIS(ReferringSegmenter):
             if number > 0:
                 attention = self.perception.attention_mask(rounds[-1]["mask_logits"], number - 1)
                 queries = self.perception.layer(
-                    number - 1, queries, attention, perceived, image_index, mask_features
+                    number - 1, queries, attention, perceived, mask_features
                 )
             logits = self.perception.predict_masks(queries, mask_features)
             rounds.append({"mask_logits": logits})
@@ -127,7 +127,7 @@ class DeRIS(ReferringSegmenter):
         return {"rounds": rounds, "existence_logits": existence_logits}
 
     def prepare_targets(self, batched_inputs: list[dict]) -> dict[str, Any]:
-        """The last three arguments of the criterion; the instances' masks are moved in one piece."""
+        """The criterion's last three arguments; the instances' masks are moved in one piece."""
         masks = [self._pad(x["instances"].gt_masks.tensor) for x in batched_inputs]
         return {
             "instance_masks": self._move(torch.cat(masks)).split([len(own) for own in masks]),
@@ -143,7 +143,7 @@ class DeRIS(ReferringSegmenter):
         return self.criterion(outputs["rounds"], outputs["existence_logits"], **targets)
 
     def loss_counts(self, batched_inputs: list[dict]) -> dict[str, float]:
-        """What the criterion's normalisers count, for accumulation: start of a loss's name -> count."""
+        """What the criterion's normalisers count: start of a loss's name -> count."""
         return self.criterion.counts(
             [x["targets"] for x in batched_inputs], self.perception.query_position.num_embeddings
         )
@@ -151,7 +151,10 @@ class DeRIS(ReferringSegmenter):
     def predict(
         self, outputs: dict[str, Any], rows: slice, inputs: dict
     ) -> tuple[Tensor, Tensor, Tensor, list[Instances | None]]:
-        """Union of the queries whose score exceeds T_ref; the result's score is the existence probability."""
+        """Union of the queries whose score exceeds T_ref.
+
+        The result's score is the existence probability.
+        """
         existence, scores, chosen = self._choose(outputs, rows, inputs)
         # A wait for the GPU: of ten queries one or two are chosen, and only their masks
         # are restored.
@@ -194,7 +197,7 @@ class DeRIS(ReferringSegmenter):
     def _choose(
         self, outputs: dict[str, Any], rows: slice, inputs: dict
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Existence (E,), scores of the queries (E, Q), and bool (E, Q): which ones make up the mask."""
+        """Existence (E,), the queries' scores (E, Q), bool (E, Q): which make up the mask."""
         existence = outputs["existence_logits"][rows].float().sigmoid()
         scores = outputs["rounds"][-1]["class_logits"][rows].float().softmax(-1)[..., 0]
         chosen = scores > self.threshold("score_threshold", inputs)

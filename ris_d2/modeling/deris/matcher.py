@@ -15,7 +15,8 @@ class HungarianMatcher:
     """Assignment of the least cost between an expression's queries and its referred instances.
 
     The cost of a pair is -class_weight * p(referred) + mask_weight * BCE + dice_weight * dice, the
-    mask terms on ``num_points`` points that are drawn uniformly and shared by all pairs of an expression.
+    mask terms on ``num_points`` points that are drawn uniformly and shared by all pairs of an
+    expression.
     """
 
     class_weight: float
@@ -41,9 +42,9 @@ class HungarianMatcher:
             names: per expression, of its image, for messages.
 
         Returns:
-            queries, instances: int64 (R, K) both, on the CPU: in round r, query ``queries[r, k]`` of expression
-            ``owners[instances[r, k]]`` is matched to ``masks[instances[r, k]]``. K is the sum of
-            min(Q, instances of the expression).
+            queries, instances: int64 (R, K) both, on the CPU: in round r, query ``queries[r, k]``
+            of expression ``owners[instances[r, k]]`` is matched to ``masks[instances[r, k]]``. K is
+            the sum of min(Q, instances of the expression).
 
         Raises:
             FloatingPointError: a cost is infinite or NaN; names the images.

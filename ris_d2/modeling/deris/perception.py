@@ -26,7 +26,8 @@ class ImageFeatures(NamedTuple):
     Attributes:
         levels: tokens (B, h * w, C) of res5, res4, res3, each with its level embedding.
         sizes: their (h, w).
-        keys_values: per perception layer, keys and values (B, h * w, C) of its level; empty if levels take up visual tokens first.
+        keys_values: per perception layer, keys and values (B, h * w, C) of its level; empty if
+            levels take up visual tokens first.
         maps: (B, C, H/4, W/4), the share of f_h4 in f_m.
     """
 
@@ -40,8 +41,8 @@ class ImageFeatures(NamedTuple):
 class MaskFeatures:
     """f_m = Conv(Concat(f_h4, f_v)) of E expressions, never computed as one tensor.
 
-    A 1x1 convolution of a concatenation is a sum, and upsampling and the products that f_m is used in
-    are linear: the share of f_h4 stays one map per image, and that of f_v as small as it comes.
+    A 1x1 convolution of a concatenation is a sum, and upsampling and the products that f_m is used
+    in are linear: the share of f_h4 stays one map per image, and that of f_v as small as it comes.
 
     Attributes:
         maps: (B, C, h, w), the share of f_h4.
@@ -123,7 +124,7 @@ class PerceptionLayer(nn.Module):
 
 
 class PerceptionBranch(nn.Module):
-    """Swin, pixel decoder, perception layers and mask head (Mask2Former's, with f_v in its masks)."""
+    """Swin, pixel decoder, perception layers, mask head (Mask2Former's, with f_v in its masks)."""
 
     @configurable
     def __init__(
@@ -154,8 +155,8 @@ class PerceptionBranch(nn.Module):
             raise ValueError(f"MODEL.DERIS.ROUNDS is {num_layers}, not at least 1")
         if hierarchical and not reads_visual:
             raise ValueError(
-                "MODEL.DERIS.QUERY_FLOW hierarchical adds f_v to the pixel decoder's levels and needs "
-                "MODEL.DERIS.VISUAL_FEATURES True and a cognition encoder that sees the image"
+                "MODEL.DERIS.QUERY_FLOW hierarchical adds f_v to the pixel decoder's levels and "
+                "needs MODEL.DERIS.VISUAL_FEATURES True and a cognition encoder that sees the image"
             )
         self.backbone = backbone
         self.pixel_decoder = pixel_decoder
@@ -186,12 +187,10 @@ class PerceptionBranch(nn.Module):
             "backbone": backbone,
             "pixel_decoder": PixelDecoder(
                 input_shape=backbone.output_shape(),
-                num_layers=deris.PIXEL_DECODER_LAYERS,
+                **arguments(deris, "DIM", "NUM_HEADS", num_layers="PIXEL_DECODER_LAYERS"),
                 ffn_dim=deris.PIXEL_DECODER_FFN_DIM,
-                **arguments(deris, "DIM", "NUM_HEADS"),
             ),
-            "num_layers": deris.ROUNDS,
-            **arguments(deris, "NUM_QUERIES", "DIM", "NUM_HEADS", "FFN_DIM"),
+            **arguments(deris, "NUM_QUERIES", "DIM", "NUM_HEADS", "FFN_DIM", num_layers="ROUNDS"),
             "reads_visual": deris.VISUAL_FEATURES and deris.COGNITION != "text",
             "hierarchical": deris.QUERY_FLOW == "hierarchical",
         }
@@ -256,7 +255,6 @@ class PerceptionBranch(nn.Module):
         queries: Tensor,
         attention_mask: Tensor,
         features: ImageFeatures,
-        image_index: Tensor,
         mask_features: MaskFeatures,
     ) -> Tensor:
         """Perception layer ``number``.
@@ -268,6 +266,7 @@ class PerceptionBranch(nn.Module):
         Returns:
             (E, Q, C)
         """
+        image_index = mask_features.image_index
         if features.keys_values:
             keys, values = (x[image_index] for x in features.keys_values[number])
         else:

@@ -98,7 +98,7 @@ class PixelDecoder(nn.Module):
 
 
 def level_positions(sizes: tuple[Size, ...], dim: int) -> list[Tensor]:
-    """(x, y) in 0..1 of the centres of all levels' pixels, (N, 2); sine positions (h * w, dim) per level."""
+    """(x, y) in 0..1 of all levels' pixel centres, (N, 2); sine positions (h * w, dim) of each."""
     sine = [sine_position_2d(*size, dim, normalize=True).flatten(0, 1) for size in sizes]
     centres = []
     for height, width in sizes:

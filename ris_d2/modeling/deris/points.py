@@ -59,10 +59,12 @@ def draw_uncertain_points(
     size: tuple[int, int],
     *,
     num_points: int,
-    oversample_ratio: float,
-    importance_ratio: float,
+    oversample_ratio: float = 3.0,
+    importance_ratio: float = 0.75,
 ) -> Tensor:
     """Draw the points of the loss: most where the prediction is undecided, the others anywhere.
+
+    The defaults are PointRend's, as released.
 
     Args:
         logits: (M, h, w), seen as upsampled to ``size``.

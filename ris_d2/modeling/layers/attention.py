@@ -12,8 +12,8 @@ class MultiheadAttention(nn.Module):
     """Multi-head attention with biased projections, for self- and cross-attention.
 
     Its work is done by ``scaled_dot_product_attention``, which FLOP counters see in training and in
-    evaluation (``nn.MultiheadAttention`` switches to a fused kernel that they do not count). It starts
-    from that module's distribution.
+    evaluation (``nn.MultiheadAttention`` switches to a fused kernel that they do not count). It
+    starts from that module's distribution.
     """
 
     def __init__(
@@ -28,8 +28,8 @@ class MultiheadAttention(nn.Module):
         """
         Args:
             dim: channels of all heads together.
-            query_dim, context_dim: channels of the queries (and the output) and of the context, where
-                they differ from ``dim``.
+            query_dim, context_dim: channels of the queries (and the output) and of the context,
+                where they differ from ``dim``.
             dropout: of attention weights, in training.
 
         Raises:
@@ -49,9 +49,11 @@ class MultiheadAttention(nn.Module):
 
     @torch.no_grad()
     def _reset_parameters(self) -> None:
-        """Xavier-uniform queries, keys and values, zero biases; ``out`` keeps its layer's own weights.
+        """Xavier-uniform queries, keys and values, zero biases; ``out`` keeps its layer's own
+        weights.
 
-        Projections of one width are one matrix to ``nn.MultiheadAttention``, with thrice the outputs.
+        Projections of one width are one matrix to ``nn.MultiheadAttention``, with thrice the
+        outputs.
         """
         projections = (self.query, self.key, self.value)
         fused = len({length for layer in projections for length in layer.weight.shape}) == 1
@@ -77,7 +79,8 @@ class MultiheadAttention(nn.Module):
         Args:
             query: (B, Q, query_dim).
             context: (B, K, context_dim), the keys, and the values unless those are given.
-            attn_mask: bool (B, K) or (B, Q, K), True where a key may be attended; None = everywhere.
+            attn_mask: bool (B, K) or (B, Q, K), True where a key may be attended; None =
+                everywhere.
             values: (B, K, context_dim), where keys carry positions and values do not.
 
         Returns:
@@ -176,6 +179,7 @@ class MLP(nn.Sequential):
 
 
 def drop_path_scale(batch_size: int, probability: float, like: Tensor) -> Tensor:
-    """Draw a stochastic-depth factor per sample: 0 or 1/(1-p), shape (B, 1, 1), dtype of ``like``."""
+    """Draw a stochastic-depth factor per sample: 0 or 1/(1-p), shape (B, 1, 1), dtype of
+    ``like``."""
     keep = 1.0 - probability
     return like.new_empty(batch_size, 1, 1).bernoulli_(keep) / keep

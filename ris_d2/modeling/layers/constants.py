@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class Constants(nn.ModuleDict):
     """What ``make(*sizes)`` computes, once for each combination of sizes.
 
-    The tensors are non-persistent buffers: they are in no checkpoint, move with the model and go with
-    it.
+    The tensors are non-persistent buffers: they are in no checkpoint, move with the model and go
+    with it.
     """
 
     def __init__(self, make: Callable[..., Tensor | Iterable[Tensor | None]], *, max_kept: int = 8):

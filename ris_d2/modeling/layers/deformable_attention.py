@@ -51,11 +51,7 @@ class MultiScaleDeformableAttention(nn.Module):
             nn.init.zeros_(projection.bias)
 
     def forward(
-        self,
-        query: Tensor,
-        reference: Tensor,
-        values: Tensor,
-        sizes: Sequence[tuple[int, int]],
+        self, query: Tensor, reference: Tensor, values: Tensor, sizes: Sequence[tuple[int, int]]
     ) -> Tensor:
         """Places and weights are computed in fp32 under autocast.
 

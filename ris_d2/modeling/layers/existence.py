@@ -6,7 +6,8 @@ from torch import Tensor, nn
 class ExistenceHead(nn.Module):
     """Sentence feature -> logit that a target exists.
 
-    An addition of ris_d2 (MODEL.RIS.NO_TARGET "head") for methods whose papers have no such decision.
+    An addition of ris_d2 (MODEL.RIS.NO_TARGET "head") for methods whose papers have no such
+    decision.
     """
 
     def __init__(self, *, dim: int):

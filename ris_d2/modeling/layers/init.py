@@ -4,7 +4,7 @@ from torch import nn
 
 
 def init_xavier(module: nn.Module) -> None:
-    """For ``Module.apply``: linear layers Xavier-uniform, as transformers usually start; biases zero."""
+    """For ``Module.apply``: linear layers Xavier-uniform, as transformers start; biases zero."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -12,7 +12,7 @@ def init_xavier(module: nn.Module) -> None:
 
 
 def init_released(module: nn.Module) -> None:
-    """For ``Module.apply``: linear layers as Swin and BERT start, truncated normal 0.02; biases zero."""
+    """For ``Module.apply``: linear layers truncated normal 0.02, as Swin; biases zero."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

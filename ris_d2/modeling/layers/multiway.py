@@ -9,7 +9,7 @@ Streams = tuple[Tensor | None, Tensor | None]  # vision (B, k, d) and text (B, T
 
 
 class ModalityPair(nn.ModuleDict):
-    """A layer for vision tokens ("A") and one for text tokens ("B"); ``shared`` makes them the same."""
+    """A layer for vision tokens ("A") and one for text ("B"); ``shared`` makes them the same."""
 
     def __init__(self, make: Callable[[], nn.Module], *, shared: bool = False):
         vision = make()

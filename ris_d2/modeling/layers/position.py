@@ -7,32 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sine_position_2d(
-    height: int,
-    width: int,
-    dim: int,
-    *,
-    normalize: bool,
-    temperature: float = 10000.0,
-    eps: float = 1e-6,
-) -> Tensor:
+def sine_position_2d(height: int, width: int, dim: int, *, normalize: bool) -> Tensor:
     """Sine and cosine of rows and columns, as in DETR.
 
     Args:
-        dim: a multiple of 4; the first half of the channels is of the row, the second of the column,
-            sine and cosine of each frequency side by side.
-        normalize: positions are 2 pi k / (n + eps) for k = 1..n, so that maps of all sizes cover the
-            same range; otherwise k itself.
+        dim: a multiple of 4; the first half of the channels is of the row, the second of the
+            column, sine and cosine of each frequency side by side.
+        normalize: positions are 2 pi k / (n + 1e-6) for k = 1..n, so that maps of all sizes cover
+            the same range; otherwise k itself.
 
     Returns:
         float32 (height, width, dim)
     """
-    frequencies = temperature ** (-torch.arange(0, dim // 2, 2) / (dim // 2))
+    frequencies = 1e4 ** (-torch.arange(0, dim // 2, 2) / (dim // 2))
 
     def encode(count: int) -> Tensor:
         position = torch.arange(1, count + 1, dtype=torch.float32)
         if normalize:
-            position = 2 * math.pi * position / (count + eps)
+            position = 2 * math.pi * position / (count + 1e-6)
         angles = position[:, None] * frequencies
         return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)  # (count, dim / 2)
 

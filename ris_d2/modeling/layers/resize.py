@@ -8,10 +8,10 @@ from torch import Tensor
 def resize_maps(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
     """Resize maps so that the centres of pixels stay where they are in the image.
 
-    A target that was shrunk by one rule and a prediction that is enlarged by another teach the model
-    to shift its masks, by up to half a cell. "bilinear" (align_corners False) and "area" fit each
-    other; "nearest" takes the upper left pixel of a cell and does not fit, but is what some published
-    code trains with.
+    A target that was shrunk by one rule and a prediction that is enlarged by another teach the
+    model to shift its masks, by up to half a cell. "bilinear" (align_corners False) and "area" fit
+    each other; "nearest" takes the upper left pixel of a cell and does not fit, but is what some
+    published code trains with.
 
     Args:
         maps: (..., h, w), bool or floating point, with one or more leading dimensions.

@@ -13,7 +13,7 @@ from .mutual_aware_attention import MutualFeatures
 
 
 class MutualAwareMaskDecoder(nn.Module):
-    """Decoder blocks over pixels and [multi-modal query token, words]; the mask is pixels times token."""
+    """Blocks over pixels and [multi-modal query token, words]; the mask is pixels times token."""
 
     def __init__(
         self,
@@ -27,8 +27,8 @@ class MutualAwareMaskDecoder(nn.Module):
     ):
         """
         Args:
-            elg: False: without extra linguistic guidance (Table 5 #10). The query token is alone, so it
-                attends the pixels, and the pixels do not attend it: a softmax over one key is 1.
+            elg: False: without extra linguistic guidance (Table 5 #10). The query token is alone:
+                it attends the pixels, which do not attend it (a softmax over one key is 1).
             up_dims: channels after each upsampling x2.
             norm: of the upsampling: BN, SyncBN, GN, ...
             block: see DecoderBlock.
@@ -61,9 +61,9 @@ class MutualAwareMaskDecoder(nn.Module):
             grid: (h, w).
 
         Returns:
-            mask logits (E, 4h, 4w), and what an existence head reads (E, 2 dim), ours: of each channel
-            the highest value among the pixels as they leave the last block, and the query token. The
-            token alone sees the image only through words that know it.
+            mask logits (E, 4h, 4w), and what an existence head reads (E, 2 dim), ours: of each
+            channel the highest value among the pixels as they leave the last block, and the query
+            token. The token alone sees the image only through words that know it.
         """
         pixels = features.regions
         tokens = self.query.weight.expand(pixels.shape[0], 1, -1)
@@ -89,8 +89,8 @@ class DecoderBlock(nn.Module):
             elg: see MutualAwareMaskDecoder.
             toi_a: the tokens attend the pixels, too (Table 5 #9).
             layer_norm: after each residual sum. The paper's equations have none.
-            ffn_dim: hidden width of an MLP at the end of the block, for pixels and tokens apart; 0: none,
-                as in the paper's equations.
+            ffn_dim: hidden width of an MLP at the end of the block, for pixels and tokens apart; 0:
+                none, as in the paper's equations.
         """
         super().__init__()
 

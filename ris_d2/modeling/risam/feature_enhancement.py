@@ -35,7 +35,7 @@ class FeatureEnhancement(nn.Module):
         self.fuse_deep = conv_norm_act(2 * dim, dim, norm)
 
     def forward(self, features: Sequence[Tensor], grid: tuple[int, int]) -> Tensor:
-        """F_v1, F_v2, F_v3 (B, C_i, h_i, w_i) -> F_v (B, dim, h, w); maps are brought to ``grid`` = (h, w)."""
+        """F_v1, F_v2, F_v3 (B, C_i, h_i, w_i), resized to ``grid`` (h, w) -> F_v (B, dim, h, w)."""
         shallow, middle, deep = (resize_maps(x, grid).movedim(1, -1) for x in features)
         early = torch.cat([self.shallow(shallow), self.middle(middle)], -1)
         early = self.fuse_early(early.movedim(-1, 1)).movedim(1, -1)

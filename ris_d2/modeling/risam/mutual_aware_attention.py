@@ -14,10 +14,10 @@ class MutualFeatures(NamedTuple):
 
     Attributes:
         regions: (E, N, dim), F_lav: visual features that know the words.
-        words: (E, L, dim), F_val: linguistic features that know the image (of a fusion that makes none,
-            the projected words).
-        vision_guided: (E, N, L), A: the weights of the words for each region; None if the fusion has no
-            such attention.
+        words: (E, L, dim), F_val: linguistic features that know the image (of a fusion that makes
+            none, the projected words).
+        vision_guided: (E, N, L), A: the weights of the words for each region; None if the fusion
+            has no such attention.
         language_guided: (E, L, N), the weights of the regions for each word; None likewise.
     """
 
@@ -28,20 +28,21 @@ class MutualFeatures(NamedTuple):
 
 
 class MutualAwareAttention(nn.Module):
-    """Let regions gather words (Vision-Guided) and words gather regions (Language-Guided Attention).
+    """Regions gather words (Vision-Guided), and words regions (Language-Guided Attention).
 
     S = Z_v Z_l^T / sqrt(C),  A = softmax(S + mask) over the words,
     F_lav = LN(A Z_l + Z_v),  F_val = LN(A^T Z_v + Z_l)
 
     Where the paper needs reading:
 
-    - Eq. 4 as printed drops the *relevant* pairs, those with sigmoid(S) >= tau; its text, and Fig. 8,
-      say that the irrelevant ones go. We follow the text.
-    - A region without a relevant word gets nothing from the words (softmax over nothing is no number).
-    - A is normalised over words, so that a row of A^T sums to about N/L = 241 and A^T Z_v drowns Z_l: at
-      initialisation all words come out equal (mean cosine 0.997 after the LayerNorm). ``lga_norm`` "sum"
-      divides each row by its sum (cosine 0.07), "softmax" is a softmax of S^T over regions, "none" is the
-      printed formula.
+    - Eq. 4 as printed drops the *relevant* pairs, those with sigmoid(S) >= tau; its text, and Fig.
+      8, say that the irrelevant ones go. We follow the text.
+    - A region without a relevant word gets nothing from the words (softmax over nothing is no
+      number).
+    - A is normalised over words, so that a row of A^T sums to about N/L = 241 and A^T Z_v drowns
+      Z_l: at initialisation all words come out equal (mean cosine 0.997 after the LayerNorm).
+      ``lga_norm`` "sum" divides each row by its sum (cosine 0.07), "softmax" is a softmax of S^T
+      over regions, "none" is the printed formula.
     """
 
     def __init__(
@@ -61,10 +62,10 @@ class MutualAwareAttention(nn.Module):
             tau: relevance below which a pair of region and word is masked.
             use_mask: False: no pair is (Table 3 #8).
             lga_norm: none, sum or softmax.
-            direction: "mutual"; "vision": the words stay Z_l (Table 3 #6); "serial": the words gather
-                regions first, and the regions gather those words; they go no further, the words that
-                leave the block are Z_l ("the serial design fails to further utilize vision-aware
-                linguistic features in the mask decoder", Sec. 3.3; Table 3 #7).
+            direction: "mutual"; "vision": the words stay Z_l (Table 3 #6); "serial": the words
+                gather regions first, and the regions gather those words; they go no further, the
+                words that leave the block are Z_l ("the serial design fails to further utilize
+                vision-aware linguistic features in the mask decoder", Sec. 3.3; Table 3 #7).
 
         Raises:
             ValueError: for an unknown ``lga_norm`` or ``direction``.
@@ -131,7 +132,7 @@ class AttentionBlocks(nn.Module):
     def forward(
         self, regions: Tensor, words: Tensor, text_mask: Tensor, grid: tuple[int, int]
     ) -> MutualFeatures:
-        """Regions (E, h w, dim), words (E, L, word_dim), bool (E, L), (h, w) -> those of the last block."""
+        """(E, h w, dim), (E, L, word_dim), bool (E, L), (h, w) -> what the last block gives."""
         features = MutualFeatures(regions, words)
         for block in self.blocks:
             features = block(features.regions, features.words, text_mask)

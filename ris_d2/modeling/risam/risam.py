@@ -21,10 +21,10 @@ from .variants import SAMMaskDecoder, build_decoder, build_feature_enhancement, 
 
 @META_ARCH_REGISTRY.register()
 class RISAM(ReferringSegmenter):
-    """Fig. 3: encoders -> Feature Enhancement -> Mutual-Aware Attention -> Mutual-Aware Mask Decoder.
+    """Fig. 3: encoders -> Feature Enhancement -> Mutual-Aware Attention -> Mask Decoder.
 
-    The encoders are frozen (MODEL.RIS.FREEZE). Image encoder and Feature Enhancement see no sentence and
-    run once per image.
+    The encoders are frozen (MODEL.RIS.FREEZE). Image encoder and Feature Enhancement see no
+    sentence and run once per image.
     """
 
     weight_parts = {
@@ -61,12 +61,9 @@ class RISAM(ReferringSegmenter):
         """
         super().__init__(**segmenter)
         self.backbone = backbone
-        self.text = text
-        self.vocab_size = text.vocab_size
+        self.text, self.vocab_size = text, text.vocab_size
         self.word_positions = word_positions
-        self.enhancement = enhancement
-        self.fusion = fusion
-        self.decoder = decoder
+        self.enhancement, self.fusion, self.decoder = enhancement, fusion, decoder
         self.in_features = tuple(in_features)
         self.grid = tuple(math.ceil(n / stride) for n in self.input_size)
         self.loss = loss
@@ -116,14 +113,14 @@ class RISAM(ReferringSegmenter):
     def fuse(
         self, features: Tensor, image_index: Tensor, input_ids: Tensor, text_mask: Tensor
     ) -> MutualFeatures:
-        """Fused features of E expressions; no attention reads padded words (the paper is silent)."""
+        """Fused features of E expressions; no attention reads padded words (paper: silent)."""
         words = self.word_positions(self.text(input_ids, text_mask))
         regions = features[image_index].flatten(2).transpose(1, 2)
         return self.fusion(regions, words, text_mask, self.grid)
 
 
 class WordPositions(nn.Module):
-    """Add a vector per position to words: sine and cosine (Vaswani et al., 2017), learned, or none."""
+    """Add a vector per position to words: sine and cosine (as Vaswani et al.), learned, none."""
 
     def __init__(self, *, dim: int, length: int, kind: str):
         """

@@ -1,4 +1,4 @@
-"""What RISAM's tables swap in for Feature Enhancement, Mutual-Aware Attention and the mask decoder."""
+"""What RISAM's tables swap in for Feature Enhancement, attention and mask decoder."""
 
 import math
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ class LastFeature(nn.Module):
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """ViTDet's pyramid of the last map at strides 8, 16 and 32 (Table 6 #11), then Feature Enhancement.
+    """ViTDet's pyramid of the last map, strides 8, 16, 32 (Table 6 #11), then Feature Enhancement.
 
     Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection", ECCV 2022.
     """
@@ -175,7 +175,8 @@ class ConvFusion(ProjectedWords):
 class TransformerEncoder(ProjectedWords):
     """Transformer layers over regions and words together (Table 3 #5, ReSTR).
 
-    Kim et al., "ReSTR: Convolution-free Referring Image Segmentation Using Transformers", CVPR 2022.
+    Kim et al., "ReSTR: Convolution-free Referring Image Segmentation Using Transformers", CVPR
+    2022.
     """
 
     def __init__(self, *, word_dim: int, dim: int, num_layers: int, num_heads: int):
@@ -216,8 +217,8 @@ class SAMMaskDecoder(nn.Module):
     """
 
     def __init__(self, *, dim: int, num_heads: int, mlp_dim: int = 2048):
-        """SAM's has ``dim`` 256 and 8 heads. What nothing would train (the MLPs of three more masks, and
-        the head for their quality) is frozen."""
+        """SAM's has ``dim`` 256 and 8 heads. What nothing would train (the MLPs of three more
+        masks, and the head for their quality) is frozen."""
         super().__init__()
         from transformers import SamMaskDecoderConfig
         from transformers.models.sam.modeling_sam import SamMaskDecoder

@@ -10,7 +10,7 @@ from .variants import build_fusion
 
 
 class SharedFPN(nn.Module):
-    """Project K levels of the encoder to d_w, fuse each, concatenate the channels, and project to d_w."""
+    """Project K levels to d_w, fuse each, concatenate the channels, and project to d_w."""
 
     def __init__(
         self,

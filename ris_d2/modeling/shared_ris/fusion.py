@@ -24,10 +24,10 @@ class SharedSelfAttention(nn.Module):
 class ResidualMLP(nn.Module):
     """x + MLP(LN(x)) (Eq. 9)."""
 
-    def __init__(self, *, dim: int, mlp_ratio: int = 4):
+    def __init__(self, *, dim: int):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, mlp_ratio * dim, dim)
+        self.mlp = MLP(dim, 4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.norm(x))

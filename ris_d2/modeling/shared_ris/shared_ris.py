@@ -1,4 +1,4 @@
-"""Shared-RIS: "A Simple Baseline with Single-encoder for Referring Image Segmentation" (Yu et al.)."""
+"""Shared-RIS: "A Simple Baseline with Single-encoder for Referring Image Segmentation"."""
 
 from typing import Any
 
@@ -42,10 +42,8 @@ class SharedRIS(ReferringSegmenter):
             segmenter: see ReferringSegmenter.
         """
         super().__init__(**segmenter)
-        self.encoder = encoder
-        self.vocab_size = encoder.vocab_size
-        self.fpn = fpn
-        self.decoder = decoder
+        self.encoder, self.vocab_size = encoder, encoder.vocab_size
+        self.fpn, self.decoder = fpn, decoder
         self.loss = loss
         for part in (fpn, decoder):  # the paper is silent
             part.apply(init_xavier)

@@ -28,16 +28,16 @@ class CrossAttention(nn.Module):
 
 
 class BiDirection(nn.Module):
-    """Grounding DINO's enhancer (Fig. 5): self-attention per modality, both cross-attentions, two MLPs."""
+    """Grounding DINO's enhancer (Fig. 5): attention in and between the modalities, two MLPs."""
 
-    def __init__(self, *, dim: int, num_heads: int, mlp_ratio: int = 4):
+    def __init__(self, *, dim: int, num_heads: int):
         super().__init__()
         self.vision_self = SharedSelfAttention(dim=dim, num_heads=num_heads)
         self.text_self = SharedSelfAttention(dim=dim, num_heads=num_heads)
         self.vision_from_text = _CrossBlock(dim=dim, num_heads=num_heads)
         self.text_from_vision = _CrossBlock(dim=dim, num_heads=num_heads)
-        self.vision_mlp = ResidualMLP(dim=dim, mlp_ratio=mlp_ratio)
-        self.text_mlp = ResidualMLP(dim=dim, mlp_ratio=mlp_ratio)
+        self.vision_mlp = ResidualMLP(dim=dim)
+        self.text_mlp = ResidualMLP(dim=dim)
 
     def forward(self, streams: Streams, text_mask: Tensor) -> Streams:
         vision, _ = self.vision_self((streams[0], None), text_mask)
@@ -87,20 +87,14 @@ class LastLayer(nn.Module):
 class CRISFPN(nn.Module):
     """CRIS's neck: the deepest map times the sentence, met by shallower maps, then all together.
 
-    CRIS takes three levels of a convolutional network at three resolutions. The encoder's levels have
-    one resolution, so nothing is resized, and one width, so all layers have d_w channels. CRIS's neck
-    gives a map alone: the visual [CLS] and the words, which the decoder reads as well, are the last
-    layer's, projected.
+    CRIS takes three levels of a convolutional network at three resolutions. The encoder's levels
+    have one resolution, so nothing is resized, and one width, so all layers have d_w channels.
+    CRIS's neck gives a map alone: the visual [CLS] and the words, which the decoder reads as well,
+    are the last layer's, projected.
     """
 
     def __init__(
-        self,
-        *,
-        stages: Sequence[int],
-        in_dim: int,
-        dim: int,
-        grid: tuple[int, int],
-        norm: str,
+        self, *, stages: Sequence[int], in_dim: int, dim: int, grid: tuple[int, int], norm: str
     ):
         """
         Args:
@@ -108,8 +102,8 @@ class CRISFPN(nn.Module):
             in_dim: d of the encoder.
             dim: d_w.
             grid: (H/p, W/p) of the visual tokens.
-            norm: BN, SyncBN, GN, ... of all convolutions. Batch norms need two expressions per process in
-                training: one follows the projection of the sentence, which has no pixels.
+            norm: BN, SyncBN, GN, ... of all convolutions. Batch norms need two expressions per
+                process in training: one follows the sentence's projection, which has no pixels.
         """
         super().__init__()
         self.stages, self.grid = tuple(stages), grid
@@ -127,7 +121,7 @@ class CRISFPN(nn.Module):
         self.refine = _conv(dim, dim, size=3, norm=norm)
 
     def forward(self, states: Mapping[int, Streams], text_mask: Tensor) -> Streams:
-        """Layer -> streams of width ``in_dim`` -> streams of width ``dim``; all words pass, pads too."""
+        """Layer -> streams of width ``in_dim`` -> streams of width ``dim``; pads pass, too."""
         *shallower, deepest = (self._map(states[stage][0]) for stage in self.stages)
         last_vision, last_text = states[self.stages[-1]]
         sentence = self.sentence(last_text[:, 0, :, None, None])  # t_cls

@@ -16,8 +16,8 @@ MAX_POSITIONS = 512
 class BertStack(nn.Module):
     """BERT layers without embeddings.
 
-    Layers may read another modality: their self-attention becomes cross-attention, with query, output
-    and feed-forward as BERT has (and names) them, and keys and values of their own.
+    Layers may read another modality: their self-attention becomes cross-attention, with query,
+    output and feed-forward as BERT has (and names) them, and keys and values of their own.
     """
 
     def __init__(

@@ -11,8 +11,8 @@ from .registry import TEXT_ENCODER_REGISTRY
 class RISCausalLM(nn.Module):
     """Any causal language model of transformers, without its head.
 
-    A word sees the words before it: the sentence's last token has read all of it. To keep the model as
-    it is, name it in MODEL.RIS.FREEZE.
+    A word sees the words before it: the sentence's last token has read all of it. To keep the model
+    as it is, name it in MODEL.RIS.FREEZE.
     """
 
     @configurable
@@ -47,6 +47,6 @@ class RISCausalLM(nn.Module):
         return arguments(cfg.MODEL.RIS.TEXT.CAUSAL_LM)
 
     def forward(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
-        """int64 (E, L), bool (E, L), True = real token -> (E, L, dim), the last normalised states."""
+        """int64 (E, L), bool (E, L), True = real token -> (E, L, dim), normalised."""
         states = self.model(input_ids=input_ids, attention_mask=text_mask.long(), use_cache=False)
         return states.last_hidden_state

@@ -36,8 +36,8 @@ class RISCLIPText(nn.Module):
         """The defaults are the text transformer of CLIP ViT-B/16.
 
         Args:
-            num_positions: rows of the position table, the longest sentence in tokens. A checkpoint's
-                longer table is cut, a shorter one refused.
+            num_positions: rows of the position table, the longest sentence in tokens. A
+                checkpoint's longer table is cut, a shorter one refused.
             init: of random weights: "released", or "scratch" where no pretrained ones follow.
 
         Raises:
@@ -112,7 +112,7 @@ class RISCLIPText(nn.Module):
 
 
 def _init_scratch(module: nn.Module) -> None:
-    """Xavier; with CLIP's 0.02 the words would be small against what the first layer adds to them."""
+    """Xavier; with CLIP's 0.02 words would be small against what the first layer adds to them."""
     init_xavier(module)
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.5)

@@ -1,4 +1,4 @@
-"""Configuration keys of the text encoders: default, meaning, and the paper's symbol where there is one."""
+"""Configuration keys of the text encoders: default, meaning, the paper's symbol if any."""
 
 from detectron2.config import CfgNode as CN
 

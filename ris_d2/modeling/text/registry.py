@@ -4,6 +4,8 @@ from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 from torch import nn
 
+from ..options import check_choice
+
 TEXT_ENCODER_REGISTRY = Registry("TEXT_ENCODER")
 TEXT_ENCODER_REGISTRY.__doc__ = (
     "Text encoders: called with the config, see this package's docstring."
@@ -17,7 +19,5 @@ def build_text_encoder(cfg: CfgNode) -> nn.Module:
         ValueError: for a name that is not registered.
     """
     name = cfg.MODEL.RIS.TEXT.NAME
-    if name not in TEXT_ENCODER_REGISTRY:
-        known = sorted(key for key, _ in TEXT_ENCODER_REGISTRY)
-        raise ValueError(f"MODEL.RIS.TEXT.NAME is {name!r}, not one of {known}")
+    check_choice("MODEL.RIS.TEXT.NAME", name, sorted(key for key, _ in TEXT_ENCODER_REGISTRY))
     return TEXT_ENCODER_REGISTRY.get(name)(cfg)

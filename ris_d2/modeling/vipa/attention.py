@@ -44,7 +44,8 @@ class AttentionBlock(nn.Module):
         Args:
             x: (B, Q, dim).
             context: (B, K, context_dim); None for self-attention.
-            attn_mask: bool (B, K) or (B, Q, K), True where a key may be attended; None = everywhere.
+            attn_mask: bool (B, K) or (B, Q, K), True where a key may be attended; None =
+                everywhere.
 
         Returns:
             (B, Q, dim)

@@ -38,8 +38,8 @@ class VIPADecoder(nn.Module):
         super().__init__()
         if not attention_stages or not set(attention_stages) <= set(range(1, len(in_dims) + 1)):
             raise ValueError(
-                f"MODEL.VIPA.DECODER.ATTENTION_STAGES is {tuple(attention_stages)}; it must name one or "
-                "more of the stages 4, 3, 2, 1"
+                f"MODEL.VIPA.DECODER.ATTENTION_STAGES is {tuple(attention_stages)}; it must name "
+                "one or more of the stages 4, 3, 2, 1"
             )
         if num_convs < 1:
             raise ValueError(f"MODEL.VIPA.DECODER.NUM_CONVS must be at least 1, not {num_convs}")
@@ -88,8 +88,4 @@ class VIPADecoder(nn.Module):
 
 
 def _conv(in_dim: int, dim: int, norm: str) -> list[nn.Module]:
-    return [
-        nn.Conv2d(in_dim, dim, 3, padding=1, bias=False),
-        get_norm(norm, dim),
-        nn.ReLU(),
-    ]
+    return [nn.Conv2d(in_dim, dim, 3, padding=1, bias=False), get_norm(norm, dim), nn.ReLU()]

@@ -1,7 +1,7 @@
 """VIPA's encoders: Swin and BERT with early fusion (CrossVLT).
 
-Like those of ``variants`` they are called in two steps, ``encode_images`` once per image and ``forward``
-once per expression, and give vision features F_1 ... F_4 and linguistic tokens.
+Like those of ``variants`` they are called in two steps, ``encode_images`` once per image and
+``forward`` once per expression, and give vision features F_1 ... F_4 and linguistic tokens.
 """
 
 from typing import Any, ClassVar
@@ -29,7 +29,8 @@ class EarlyFusion(nn.Module):
     the alignment heads are left out. Language stage 1 has all BERT layers but six; each further
     stage has two, of which the first reads the image.
 
-    Per image: patch embedding and the blocks of stage 1. Everything else follows the first exchange.
+    Per image: patch embedding and the blocks of stage 1. Everything else follows the first
+    exchange.
     """
 
     weight_parts: ClassVar[dict[str, str]] = {"swin": "vision", "bert": "text"}
@@ -46,7 +47,8 @@ class EarlyFusion(nn.Module):
         Args:
             vision: without norms of outputs.
             text: with ``context_dims`` of ``context_dims_of``, unless the stages come apart.
-            language_stages: the layers of language stages 2 to 4, where they are not ``text``'s own.
+            language_stages: the layers of language stages 2 to 4, where they are not ``text``'s
+                own.
             language_reads: False: one-way, all of BERT runs first and vision reads its output.
 
         Raises:
@@ -77,7 +79,7 @@ class EarlyFusion(nn.Module):
 
     @staticmethod
     def context_dims_of(vision: RISSwin, first: int) -> dict[int, int]:
-        """BERT layer -> channels of the vision tokens it reads; language stage 2 starts at ``first``."""
+        """BERT layer -> channels of the vision it reads; language stage 2 starts at ``first``."""
         return {first + _STAGE_LAYERS * i: dim for i, dim in enumerate(vision.dims[1:])}
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -36,7 +36,7 @@ class VisionReadsLanguage(VisionFromWords):
         nn.init.zeros_(self.mix.bias)
 
     def forward(self, vision: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-        """(E, N, vision_dim), (E, L, text_dim), bool (E, L) -> the fused residual (E, N, vision_dim)."""
+        """(E, N, vision_dim), (E, L, text_dim), bool (E, L) -> residual (E, N, vision_dim)."""
         return F.gelu(self.mix(vision + self.read(vision, text, text_mask)))
 
 
@@ -48,10 +48,7 @@ class Gate(nn.Module):
         # CrossVLT sets both to zero in its constructor, where neither would ever get a
         # gradient, and then overwrites them.
         self.layers = nn.Sequential(
-            nn.Linear(dim, dim, bias=False),
-            nn.ReLU(),
-            nn.Linear(dim, dim, bias=False),
-            nn.Tanh(),
+            nn.Linear(dim, dim, bias=False), nn.ReLU(), nn.Linear(dim, dim, bias=False), nn.Tanh()
         )
         self.layers.apply(init_released)
 

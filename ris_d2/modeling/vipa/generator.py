@@ -1,4 +1,4 @@
-"""Keys and values of the decoder: the visual expression (Sec. III B), or language in the baselines."""
+"""Keys and values of the decoder: the visual expression (Sec. III B)."""
 
 import math
 from collections.abc import Sequence
@@ -18,9 +18,11 @@ class Expression:
 
     Attributes:
         tokens: (E, K, D); K = L where each token has its own, N without retrieval.
-        attn_mask: bool (E, K), False where a token is no information (padding, excluded cue); None = all.
-        relevance: (E, L, N) cosines S_c of each token and each visual token (Eq. 1); None for language.
-        retrieved: bool (E, L, N), M of Eq. 3, rows of no information included; None without retrieval.
+        attn_mask: bool (E, K), False where a token is no information (padding, excluded cue).
+        relevance: (E, L, N) cosines S_c of each token and each visual token (Eq. 1); None for
+            language.
+        retrieved: bool (E, L, N), M of Eq. 3, rows of no information included; None without
+            retrieval.
     """
 
     tokens: Tensor
@@ -55,19 +57,20 @@ class VisualExpressionGenerator(nn.Module):
             dim: D of the visual expression.
             joint_dim: E, of the space in which both modalities are compared.
             ratio: r, of retrieved visual tokens to all; N_p = max(1, floor(r N)).
-            noise: g ~ Gumbel(0, 1) in training. "temperature", softmax(S_c / tau + g), where tau weighs scores against
-                noise; "scores", softmax((S_c + g) / tau), Eq. 2 to the letter, where what is retrieved
-                does not depend on tau and noise of standard deviation 1.28 drowns the cosines.
+            noise: g ~ Gumbel(0, 1) in training. "temperature": softmax(S_c / tau + g); "scores":
+                softmax((S_c + g) / tau), Eq. 2 to the letter, where what is retrieved does not
+                depend on tau and noise of standard deviation 1.28 drowns the cosines.
             tau_init: tau at the start.
             cues: "both"; "global", the [CLS] token alone; "local", the others (Table VI b).
             excluded_ids: token ids that are no cues (Table IX: articles).
-            retrieve: step 1; False: each visual token is its own (Table VI a, first row).
-            refine: step 2; False: the aggregated tokens are the expression (Table VI a, second row).
-            aggregation: of retrieved tokens, "mean" or "sum" (Eq. 5). They differ by a constant that the
-                linear layer can learn; the sum of 67 tokens starts far larger than what is added to it.
+            retrieve: step 1 (Table VI a); False: each visual token is its own.
+            refine: step 2 (Table VI a); False: the aggregated tokens are the expression.
+            aggregation: "mean" or "sum" (Eq. 5) of retrieved tokens. They differ by a constant that
+                the linear layer can learn; a sum of 67 tokens starts far too large.
 
         Raises:
-            ValueError: a ratio outside (0, 1], a temperature that is not positive, or an unknown name.
+            ValueError: a ratio outside (0, 1], a temperature that is not positive, or an unknown
+                name.
         """
         super().__init__()
         if not 0 < ratio <= 1:
@@ -127,15 +130,15 @@ class VisualExpressionGenerator(nn.Module):
     def sample(self, relevance: Tensor) -> tuple[Tensor, Tensor]:
         """Retrieve the N_p visual tokens of the highest scores per row (Eqs. 2 and 3).
 
-        In training Gumbel noise is added to the scores, and the weights' gradient is that of the softmax
-        (straight-through); in evaluation they depend on the cosines alone.
+        In training Gumbel noise is added to the scores, and the weights' gradient is that of the
+        softmax (straight-through); in evaluation they depend on the cosines alone.
 
         Args:
             relevance: (E, L, N).
 
         Returns:
-            weights of the visual tokens as float (E, L, N), M / N_p (M with aggregation "sum"), and M as
-            bool.
+            weights of the visual tokens as float (E, L, N), M / N_p (M with aggregation "sum"), and
+            M as bool.
         """
         scores = relevance
         if self.training:

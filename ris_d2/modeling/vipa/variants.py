@@ -1,4 +1,4 @@
-"""What VIPA's tables swap in: other encoders (Tables II, V and VII), language as keys and values."""
+"""What VIPA's tables swap in: encoders (II, V and VII), language as keys and values (V)."""
 
 from typing import ClassVar
 
@@ -61,8 +61,8 @@ class SeparateEncoders(nn.Module):
 class BEiT3Encoder(nn.Module):
     """BEiT-3 on image and sentence together, and four maps made of its last one (Table II).
 
-    Strides p/4, p/2, p and 2p of patch size p: two transposed convolutions, one, none, and max-pooling.
-    Per image: the patch embedding.
+    Strides p/4, p/2, p and 2p of patch size p: two transposed convolutions, one, none, and
+    max-pooling. Per image: the patch embedding.
     """
 
     weight_parts: ClassVar[dict[str, str]] = {"beit3": "beit3"}

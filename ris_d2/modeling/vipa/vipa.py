@@ -8,7 +8,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from ..layers import init_xavier, resize_maps
-from ..losses import FocalAndDice, mask_bce
+from ..losses import FocalAndDice, dice_loss, mask_bce
 from ..options import arguments, check_choice
 from ..segmenter import ReferringSegmenter
 from .decoder import VIPADecoder
@@ -41,9 +41,9 @@ class VIPA(ReferringSegmenter):
         """
         Args:
             generator: makes the decoder's keys and values.
-            relevance_loss: on the [CLS] row of the relevance scores (Table VIII): "contrastive" (Eq. 4,
-                pixel by pixel), "threshold" (dice loss of the map cut at 0.5), "none". Not read with
-                language as keys and values, which has no relevance scores.
+            relevance_loss: on the [CLS] row of the relevance scores (Table VIII): "contrastive"
+                (Eq. 4, pixel by pixel), "threshold" (dice loss of the map cut at 0.5), "none". Not
+                read with language as keys and values, which has no relevance scores.
             learn_relevance_temperature: divide the cosines by a learnable temperature in the loss.
             segmenter: see ReferringSegmenter.
 
@@ -55,17 +55,15 @@ class VIPA(ReferringSegmenter):
         visual = isinstance(generator, VisualExpressionGenerator)
         if visual and relevance_loss == "none" and not generator.retrieve:
             raise ValueError(
-                "MODEL.VIPA.GENERATOR.RETRIEVE False with RELEVANCE_LOSS none: nothing would use the "
-                "relevance scores"
+                "MODEL.VIPA.GENERATOR.RETRIEVE False with RELEVANCE_LOSS none: nothing would use "
+                "the relevance scores"
             )
         self.encoder = encoder
         self.weight_parts = {
             source: f"encoder.{part}" for source, part in encoder.weight_parts.items()
         }
         self.vocab_size = encoder.vocab_size
-        self.generator = generator
-        self.decoder = decoder
-        self.loss = loss
+        self.generator, self.decoder, self.loss = generator, decoder, loss
         self.relevance_loss = relevance_loss if visual else "none"
         self.relevance_weight = relevance_weight
         self.log_relevance_temperature = None
@@ -85,7 +83,8 @@ class VIPA(ReferringSegmenter):
         else:
             if vipa.ENCODER == "none" and not vipa.GENERATOR.RETRIEVE:
                 raise ValueError(
-                    "MODEL.VIPA.ENCODER none with GENERATOR.RETRIEVE False: the sentence reaches nothing"
+                    "MODEL.VIPA.ENCODER none with GENERATOR.RETRIEVE False: the sentence reaches "
+                    "nothing"
                 )
             generator = VisualExpressionGenerator(
                 **common, vision_dim=encoder.dims[-1], **arguments(vipa.GENERATOR)
@@ -150,9 +149,7 @@ class VIPA(ReferringSegmenter):
         binary = (scores > 0).float() + soft - soft.detach()
         # The share of each cell that is on target: a target smaller than a cell must not vanish.
         targets = resize_maps(masks, scores.shape[-2:], "area")
-        overlap = (binary * targets).flatten(1).sum(1)
-        total = (binary + targets).flatten(1).sum(1)
-        return 1 - (2 * overlap + 1) / (total + 1)
+        return dice_loss(binary, targets)
 
 
 def _mean(tokens: Tensor, attn_mask: Tensor | None) -> Tensor:

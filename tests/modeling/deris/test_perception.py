@@ -50,7 +50,7 @@ def run(branch, images, image_index, visual, queries):
     for number in range(len(branch.layers) + 1):
         if number:
             keep = branch.attention_mask(logits[-1], number - 1)
-            queries = branch.layer(number - 1, queries, keep, features, image_index, mask_features)
+            queries = branch.layer(number - 1, queries, keep, features, mask_features)
         logits.append(branch.predict_masks(queries, mask_features))
         priors.append(branch.mask_prior(logits[-1], mask_features))
     return torch.stack(logits), torch.stack(priors)
@@ -115,7 +115,7 @@ def test_visual_tokens_change_levels_only_in_the_hierarchical_flow():
         keep = torch.ones(3, 5, 3 * 4, dtype=torch.bool)
         out = [
             branch.layer(
-                0, queries, keep, features, image_index,
+                0, queries, keep, features,
                 branch.mask_features(features, image_index, tokens),
             )
             for tokens in (visual, -visual)
