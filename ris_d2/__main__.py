@@ -65,12 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def answer_images(
-    predictor: Predictor,
-    paths: Sequence[str],
-    sentences: Sequence[str],
-    *,
-    output: str,
-    model: str,
+    predictor: Predictor, paths: Sequence[str], sentences: Sequence[str], *, output: str, model: str
 ) -> None:
     """Ask all sentences about each image, write the files, print a table.
 

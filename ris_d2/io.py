@@ -132,7 +132,7 @@ def load_pickle(path: str | os.PathLike) -> Any:
 
 
 def load_plain(data: bytes) -> Any:
-    """What ``load_pickle`` reads, from memory; ``pickle.UnpicklingError`` names what is no plain data."""
+    """As ``load_pickle``, from memory; ``pickle.UnpicklingError`` names what is no plain data."""
     return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
 
 

@@ -15,12 +15,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
 from ..io import atomic_write, reading
-from .converters import (
-    convert_released,
-    convert_state_dict,
-    get_converter,
-    unwrap_state_dict,
-)
+from .converters import convert_released, convert_state_dict, get_converter, unwrap_state_dict
 from .files import file_hash, is_whole, read_weights
 from .paths import local_path
 

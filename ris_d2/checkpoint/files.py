@@ -144,7 +144,4 @@ def _to_tensors(value: Any, done: dict[int, Any]) -> Any:
     return done[id(value)]
 
 
-_PLAIN_GLOBALS = [
-    argparse.Namespace,
-    *((maker, name) for name, maker in numpy_globals().items()),
-]
+_PLAIN_GLOBALS = [argparse.Namespace, *((maker, name) for name, maker in numpy_globals().items())]

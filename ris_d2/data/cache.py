@@ -1,8 +1,9 @@
-"""Records of large published datasets in files that later starts map into memory instead of reading anew.
+"""Records of large published datasets in files that later starts map into memory.
 
-A file lies in $RIS_D2_CACHE (~/.cache/ris_d2 where unset; no file where empty) and belongs to the names, the
-sizes and times of the annotation files, and this package's code; where one of them has changed, or the
-file is damaged, it is made anew. Records are plain pickles, read without running anything they name.
+A file lies in $RIS_D2_CACHE (~/.cache/ris_d2 where unset; no file where empty) and belongs to the
+names, the sizes and times of the annotation files, and this package's code; where one of them has
+changed, or the file is damaged, it is made anew. Records are plain pickles, read without running
+anything they name.
 """
 
 import contextlib
@@ -75,7 +76,8 @@ def cached(
 
     Args:
         read: the records of ``names``.
-        files: all that they come from, see ``annotation_files``; nothing is kept where these are small.
+        files: all that they come from, see ``annotation_files``; nothing is kept where these are
+            small.
         options: whatever else decides what is read; fit for json.
     """
     folder = os.path.expanduser(os.environ.get("RIS_D2_CACHE", "~/.cache/ris_d2"))

@@ -315,7 +315,7 @@ def load_records(names: Sequence[str], *, drop_eval_images: bool) -> list[dict]:
 
 
 def annotation_files(names: Sequence[str]) -> list[str]:
-    """The files that the records of these names come from, [] where they do not come from files alone."""
+    """The files that these names' records come from; [] where more than files decides on them."""
     files = set()
     for name in (member for name in names for member in MIXTURES.get(name, (name,))):
         dataset, split = _SPLITS.get(name, (None, None))

@@ -2,7 +2,6 @@
 
 import io
 import os
-import struct
 
 import cv2
 import numpy as np
@@ -15,8 +14,6 @@ from ..masks import check_size
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # All that Pillow reads by itself: it hands EPS, for one, to another program.
 _FORMATS = "JPEG PNG BMP GIF ICO JPEG2000 PCX PPM TGA TIFF WEBP".split()
-# Markers of what may precede the frame: Huffman and quantisation tables, restarts, APPn, comments.
-_JPEG_SEGMENTS = {0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE}
 
 
 def images_in(folder: str | os.PathLike) -> list[str]:
@@ -66,31 +63,18 @@ def read_image(file_name: str | os.PathLike) -> np.ndarray:
 
 
 def _decode(data: bytes) -> np.ndarray:
-    height, width, channels = _jpeg_frame(data) or (0, 0, 0)
-    if channels not in (1, 3):  # another format, or a JPEG file of CMYK
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:  # reads the header alone
+        check_size(image.height, image.width)
+        if image.format != "JPEG" or image.mode not in ("L", "RGB"):
             return to_rgb(image)
     # OpenCV decodes JPEG files, which nearly all images of datasets are, faster than Pillow.
-    check_size(height, width)
-    # No end marker after the last scan: OpenCV would fill the rest of the image with grey.
+    # No end marker after the last scan: it would fill the rest of the image with grey.
     if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
         raise ValueError("the end is missing")
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     if pixels is None:
         raise ValueError("it cannot be decoded")
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
-
-
-def _jpeg_frame(data: bytes) -> tuple[int, int, int] | None:
-    """(height, width, channels) from the header of a JPEG file; None of any other or an odd one."""
-    place = 2 if data.startswith(b"\xff\xd8") else len(data)
-    while place + 10 <= len(data) and data[place] == 0xFF:
-        if data[place + 1] in (0xC0, 0xC1, 0xC2):  # frame: baseline, extended, progressive
-            return struct.unpack_from(">HHB", data, place + 5)
-        if data[place + 1] not in _JPEG_SEGMENTS:
-            return None
-        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return None
 
 
 def to_rgb(image: Image.Image | np.ndarray) -> np.ndarray:

@@ -73,7 +73,7 @@ def build_train_loader(cfg: CfgNode, *, mapper: Mapper | None = None) -> "Resuma
     )
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class ResumableTrainLoader:
     """Micro-batches that are a function of the seed and the optimizer step alone.
 

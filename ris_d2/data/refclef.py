@@ -32,8 +32,8 @@ def load_refclef(*files_and_split: str, source: str = "refclef", **options: Any)
     missing = [record for record in records if _known_missing(record)]
     for record in missing:
         logger.warning(
-            "RefCLEF: leaving out %d expressions of %s, an image known to be missing",
-            *(len(record["expressions"]), record["file_name"]),
+            f"RefCLEF: leaving out {len(record['expressions'])} expressions of "
+            f"{record['file_name']}, an image known to be missing"
         )
     return [record for record in records if record not in missing]
 

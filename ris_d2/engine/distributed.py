@@ -75,10 +75,7 @@ def launch(
         url = f"tcp://127.0.0.1:{_free_port()}" if dist_url == "auto" else dist_url
         where = (machine_rank, num_machines * num_processes, num_processes, url)
         started = torch.multiprocessing.spawn(
-            _run_process,
-            (os.getpid(), device, where, main, args),
-            nprocs=num_processes,
-            join=False,
+            _run_process, (os.getpid(), device, where, main, args), nprocs=num_processes, join=False
         )
         _wait(started)
 

@@ -137,20 +137,15 @@ class BestCheckpoint(HookBase):
         """The mean over the sets evaluated at this iteration; None if there is none."""
         storage = self.trainer.storage
         # Results are named <test set>/<task>/<metric> or <task>/<metric>; nothing else has a slash.
-        fresh = [
-            (name, value)
-            for name, (value, iteration) in storage.latest().items()
-            if "/" in name and iteration == storage.iter
-        ]
+        latest = storage.latest().items()
+        fresh = {k: value for k, (value, at) in latest if "/" in k and at == storage.iter}
         # The best of many evaluations on a test split would be chosen by that split.
-        validation = [(name, value) for name, value in fresh if "val" in name.split("/")[0]]
-        fresh = [(name.split("/")[-1], value) for name, value in validation or fresh]
-        values = [value for metric, value in fresh if metric == self._metric]
+        fresh = {k: value for k, value in fresh.items() if "val" in k.split("/")[0]} or fresh
+        values = [value for k, value in fresh.items() if k.split("/")[-1] == self._metric]
         if fresh and not values:
+            known = ", ".join(sorted({k.split("/")[-1] for k in fresh}))
             logger.warning(
-                "No best checkpoint: TEST.BEST_METRIC %s is none of %s",
-                self._metric,
-                ", ".join(sorted({metric for metric, _ in fresh})),
+                f"No best checkpoint: TEST.BEST_METRIC {self._metric} is none of {known}"
             )
         defined = [value for value in values if math.isfinite(value)]
         return sum(defined) / len(defined) if defined else None
@@ -186,11 +181,8 @@ class EarlyStop(HookBase):
         best = comm.all_gather(self._best and self._best.iteration)[0]
         if steps_done - best >= self._patience * self._period:
             logger.info(
-                "Training ends after %d iterations: nothing was better than model_best.pth of "
-                "iteration %d for %d evaluations (SOLVER.RIS.PATIENCE)",
-                steps_done,
-                best,
-                self._patience,
+                f"Training ends after {steps_done} iterations: nothing was better than model_best.pth "
+                f"of iteration {best} for {self._patience} evaluations (SOLVER.RIS.PATIENCE)"
             )
             raise TrainingEnded
 

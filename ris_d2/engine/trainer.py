@@ -97,12 +97,8 @@ class Trainer(DefaultTrainer):
         ]
         if comm.is_main_process():
             best = BestCheckpoint(self.checkpointer, self.cfg.TEST.BEST_METRIC)
-            evaluations.append(best)
-            evaluations.append(
-                hooks.CallbackHook(
-                    before_train=self._log_evaluation, after_step=self._log_evaluation
-                )
-            )
+            log = {"before_train": self._log_evaluation, "after_step": self._log_evaluation}
+            evaluations += [best, hooks.CallbackHook(**log)]
         if patience:
             evaluations.append(EarlyStop(best, patience, period))
         stock[position : position + 1] = evaluations
@@ -150,13 +146,10 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = build_model(with_stock_keys(cfg))
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-        logger.info(
-            "%s: %.2f M parameters, %.2f M of them trainable",
-            cfg.MODEL.META_ARCHITECTURE,
-            sum(size for size, _ in sizes) / 1e6,
-            sum(size for size, trains in sizes if trains) / 1e6,
-        )
+        total = sum(p.numel() for p in model.parameters()) / 1e6
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        name = cfg.MODEL.META_ARCHITECTURE
+        logger.info(f"{name}: {total:.2f} M parameters, {trained:.2f} M of them trainable")
         return model
 
     @classmethod
@@ -225,11 +218,8 @@ class Trainer(DefaultTrainer):
         if seed is None or seed == self.cfg.SEED:
             return
         if not self._seed_is_free:
-            logger.warning(
-                "SEED is %d, the checkpoint's %d: the resumed run is not the one that was stopped",
-                self.cfg.SEED,
-                seed,
-            )
+            kept = self.cfg.SEED
+            logger.warning(f"SEED is {kept}, the checkpoint's {seed}: not the run that was stopped")
             return
         self.cfg = with_values(self.cfg, {"SEED": seed})
         self._step_seed.seed = seed
@@ -289,13 +279,9 @@ def with_stock_keys(cfg: CfgNode) -> CfgNode:
 def _log_epochs(cfg: CfgNode, units_per_epoch: int) -> None:
     solver = cfg.SOLVER
     micro, processes = solver.RIS.ACCUMULATION, comm.get_world_size()
+    epochs = solver.MAX_ITER * solver.IMS_PER_BATCH / units_per_epoch
     logger.info(
-        "%d iterations x %d units = %.1f epochs of %s units (%d processes x %d micro-batches x %d)",
-        solver.MAX_ITER,
-        solver.IMS_PER_BATCH,
-        solver.MAX_ITER * solver.IMS_PER_BATCH / units_per_epoch,
-        f"{units_per_epoch:,}",
-        processes,
-        micro,
-        solver.IMS_PER_BATCH // (processes * micro),
+        f"{solver.MAX_ITER} iterations x {solver.IMS_PER_BATCH} units = {epochs:.1f} epochs of "
+        f"{units_per_epoch:,} units ({processes} processes x {micro} micro-batches x "
+        f"{solver.IMS_PER_BATCH // (processes * micro)})"
     )

@@ -22,6 +22,7 @@ from .report import (
     breakdowns,
     expression_records,
     finite_or_null,
+    prediction_records,
     resolution,
     summarize,
     tables,
@@ -152,22 +153,14 @@ class ReferringEvaluator(DatasetEvaluator):
         metrics = self.metrics(rows)
         groups = breakdowns(rows, [source for source, _, _ in images])
         size = resolution(rows)
+        where = "at original resolution" if size == "original" else f"resolution {size}"
         logger.info(
-            "%s: %d expressions of %d images, %s\n%s",
-            self.dataset_name,
-            len(rows),
-            len(images),
-            "at original resolution" if size == "original" else f"resolution {size}",
-            tables(metrics, groups),
+            f"{self.dataset_name}: {len(rows)} expressions of {len(images)} images, {where}\n"
+            f"{tables(metrics, groups)}"
         )
         if self.output_dir:
-            record = {
-                "dataset": self.dataset_name,
-                "resolution": size,
-                "referring": metrics,
-                "breakdowns": groups,
-            }
-            self._write(record, images, rows, run_lengths)
+            report = {"dataset": self.dataset_name, "resolution": size, "referring": metrics}
+            self._write({**report, "breakdowns": groups}, images, rows, run_lengths)
         return OrderedDict(referring=metrics)
 
     def metrics(self, rows: np.ndarray) -> dict[str, float]:
@@ -185,19 +178,15 @@ class ReferringEvaluator(DatasetEvaluator):
         mine = (self._images, np.frombuffer(self._rows, ROW), self._run_lengths)
         if self.distributed:
             comm.synchronize()
-            parts = comm.gather(mine)
-            if not comm.is_main_process():
-                return None, np.empty(0, ROW), []
-        else:
-            parts = [mine]
+        parts = comm.gather(mine) if self.distributed else [mine]
+        if not parts:  # of another process than the main one
+            return None, np.empty(0, ROW), []
         images = sorted({image for part_images, _, _ in parts for image in part_images})
         position = {image: index for index, image in enumerate(images)}
         rows = np.concatenate([part_rows for _, part_rows, _ in parts])
+        positions = [np.array([position[i] for i in own], np.int32) for own, _, _ in parts]
         rows["image"] = np.concatenate(
-            [
-                np.array([position[image] for image in part_images], np.int32)[part_rows["image"]]
-                for part_images, part_rows, _ in parts
-            ]
+            [p[own["image"]] for p, (_, own, _) in zip(positions, parts)]
         )
         order = np.lexsort((rows["expression_id"], rows["image"]))
         saved = [counts for _, _, part_saved in parts for counts in part_saved]
@@ -212,25 +201,13 @@ class ReferringEvaluator(DatasetEvaluator):
     ) -> None:
         with atomic_write(os.path.join(self.output_dir, "results.json")) as file:
             json.dump(finite_or_null(record), file, indent=2)
-        with atomic_write(os.path.join(self.output_dir, "per_expression.jsonl")) as file:
-            for line in expression_records(rows, images):
-                file.write(json.dumps(finite_or_null(line)) + "\n")
-        if not self.save_predictions:
-            return
-        with atomic_write(os.path.join(self.output_dir, "predictions.jsonl")) as file:
-            for row, counts in zip(rows, run_lengths):
-                source, file_name, image_id = images[row["image"]]
-                size = [int(row["height"]), int(row["width"])]
-                line = {
-                    "source": source,
-                    "file_name": file_name,
-                    "image_id": image_id,
-                    "expression_id": int(row["expression_id"]),
-                    "no_target": bool(row["predicted_no_target"]),
-                    "score": float(row["score"]),
-                    "segmentation": {"size": size, "counts": counts},
-                }
-                file.write(json.dumps(finite_or_null(line)) + "\n")
+        files = {"per_expression.jsonl": expression_records(rows, images)}
+        if self.save_predictions:
+            files["predictions.jsonl"] = prediction_records(rows, images, run_lengths)
+        for name, lines in files.items():
+            with atomic_write(os.path.join(self.output_dir, name)) as file:
+                for line in lines:
+                    file.write(json.dumps(finite_or_null(line)) + "\n")
 
 
 def _name(unit: dict) -> str:

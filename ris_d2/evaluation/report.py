@@ -206,6 +206,23 @@ def _expression_records(
         yield {**image, **dict(zip(columns, values))}
 
 
+def prediction_records(
+    rows: np.ndarray, images: Sequence[tuple[str, str, int]], run_lengths: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """The lines of predictions.jsonl, one per row and RLE, as ``score_predictions`` reads them."""
+    for row, counts in zip(rows, run_lengths):
+        source, file_name, image_id = images[row["image"]]
+        yield {
+            "source": source,
+            "file_name": file_name,
+            "image_id": image_id,
+            "expression_id": int(row["expression_id"]),
+            "no_target": bool(row["predicted_no_target"]),
+            "score": float(row["score"]),
+            "segmentation": {"size": [int(row["height"]), int(row["width"])], "counts": counts},
+        }
+
+
 def finite_or_null(value: Any) -> Any:
     """Copy nested dicts and lists with None for every float that JSON lacks (nan, inf)."""
     if isinstance(value, dict):

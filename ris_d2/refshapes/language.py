@@ -193,6 +193,9 @@ class Rng:
     def below(self, number: int) -> int:
         return int(self.random() * number)
 
+    def between(self, low: int, high: int) -> int:
+        return low + self.below(high - low + 1)
+
     def pick(self, options):
         return options[self.below(len(options))]
 

@@ -50,31 +50,24 @@ HELDOUT = (
 SPLITS = ("train", "val", "testA", "testB", "heldout")
 
 
-def _outline(kind: str) -> tuple[tuple[int, int], ...]:
-    """Corners of a shape of half extent 1000 around (0, 0), integers: the same on every machine."""
-    if kind == "square":
-        return (-900, -900), (900, -900), (900, 900), (-900, 900)
-    if kind == "triangle":
-        return (-1000, 900), (0, -900), (1000, 900)
-    if kind == "diamond":
-        return (-800, 0), (0, -1000), (800, 0), (0, 1000)
-    if kind == "cross":
-        a, b = 380, 1000
-        return (
-            (-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
-            (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a),
-        )  # fmt: skip
-    corners, inner = (10, 420) if kind == "star" else (32, 1000)
-    return tuple(
-        (
-            round((inner if i % 2 else 1000) * sin(2 * pi * i / corners)),
-            round((inner if i % 2 else 1000) * -cos(2 * pi * i / corners)),
-        )
-        for i in range(corners)
-    )
+def _around(corners: int, inner: int) -> tuple[tuple[int, int], ...]:
+    """So many corners around (0, 0), by turns at a distance of 1000 and of ``inner``."""
+    turns = [(inner if i % 2 else 1000, 2 * pi * i / corners) for i in range(corners)]
+    return tuple((round(r * sin(angle)), round(r * -cos(angle))) for r, angle in turns)
 
 
-_OUTLINES = {kind: _outline(kind) for kind in KINDS}
+# Corners of shapes of half extent 1000 around (0, 0), integers: the same on every machine.
+_OUTLINES = {
+    "circle": _around(32, 1000),
+    "square": ((-900, -900), (900, -900), (900, 900), (-900, 900)),
+    "triangle": ((-1000, 900), (0, -900), (1000, 900)),
+    "star": _around(10, 420),
+    "diamond": ((-800, 0), (0, -1000), (800, 0), (0, 1000)),
+    "cross": (
+        (-380, -1000), (380, -1000), (380, -380), (1000, -380), (1000, 380), (380, 380),
+        (380, 1000), (-380, 1000), (-380, 380), (-1000, 380), (-1000, -380), (-380, -380),
+    ),
+}  # fmt: skip
 
 
 def integer_corners(shape: Shape) -> list[tuple[int, int]]:
@@ -153,7 +146,7 @@ BENCHMARKS = {
     "hard-v1": Benchmark(
         scenes={"train": 6000, "val": 500, "testA": 500, "testB": 500, "heldout": 500},
         options=BalancedOptions(size=128, min_shapes=5, max_shapes=8, colors=8, per_form=1),
-    ),
+    )
 }
 
 
@@ -177,8 +170,7 @@ def _place(split: str, number: int, options: Options, rng: Rng) -> tuple[Shape, 
         else:
             color, kind = rng.pick(pairs)
         size = "big" if rng.chance(0.45) else "small"
-        low, high = (round(bound * unit) for bound in SIZES[size])
-        radius = low + rng.below(high - low + 1)
+        radius = rng.between(*(round(bound * unit) for bound in SIZES[size]))
         for _ in range(40):
             x, y = (radius + 1 + rng.below(options.size - 2 * radius - 1) for _ in range(2))
             if all(
@@ -273,9 +265,7 @@ def _plan(options: Options, rng: Rng) -> list[tuple[str, list[type]]]:
     """Draw each sentence's number of targets ("none", "single", "multi") and its possible forms."""
     if isinstance(options, BalancedOptions):
         return _balanced_plan(options, rng)
-    number = options.min_expressions + rng.below(
-        options.max_expressions - options.min_expressions + 1
-    )
+    number = rng.between(options.min_expressions, options.max_expressions)
     none = int(number * options.no_target_share + rng.random())
     multi = min(int(number * options.multi_target_share + rng.random()), number - none)
     wanted = ("none",) * none + ("multi",) * multi + ("single",) * (number - none - multi)
@@ -311,17 +301,13 @@ def _express(scene: Scene, options: Options, rng: Rng) -> tuple[Expression, ...]
                 targets = tuple(sorted(evaluate(meaning, scene)))
             except Unclear:
                 continue
-            shapes = [scene.shapes[i] for i in targets]
+            meant = {(scene.shapes[i].color, scene.shapes[i].kind) for i in targets}
             if (
                 wanted != ("none", "single", "multi")[min(len(targets), 2)]
                 or not _plausible(meaning, wanted, scene)
-                or (family and any(s.kind not in family for s in shapes))
+                or (family and any(kind not in family for _, kind in meant))
                 or (scene.split != "heldout" and _names_heldout(meaning))
-                or (
-                    scene.split == "heldout"
-                    and shapes
-                    and all((s.color, s.kind) not in HELDOUT for s in shapes)
-                )
+                or (scene.split == "heldout" and meant and meant.isdisjoint(HELDOUT))
                 # RefCOCO's objects have about three sentences each.
                 or sum(e.targets == targets for e in expressions) >= (3 if targets else len(plan))
             ):
@@ -348,7 +334,7 @@ def generate(split: str, number: int, options: Options = Options()) -> list[Scen
     scenes = []
     for index in range(number):
         rng = Rng("refshapes", options.seed, split, index)
-        shape_number = options.min_shapes + rng.below(options.max_shapes - options.min_shapes + 1)
+        shape_number = rng.between(options.min_shapes, options.max_shapes)
         for _ in range(1000):
             shapes = _place(split, shape_number, options, rng)
             if shapes is None:
