@@ -36,6 +36,7 @@ _GONE = (
     *("MODEL.RISAM.MASK_PAD", "MODEL.RISAM.FE.MLP_LAYERS", "MODEL.RISAM.FE.NUM_CONVS"),
     *("MODEL.RISAM.DEC.OUT_PROJ", "MODEL.RISAM.DEC.DROPOUT", "MODEL.DERIS.SCORE_WEIGHTED"),
     *("MODEL.VIPA.LANGUAGE_LAYERS", "MODEL.SHARED_RIS.LOSS_RESOLUTION"),
+    *("MODEL.RIS.BEIT3.CHECKPOINTING", "MODEL.RIS.SWIN.CHECKPOINTING"),
 )
 
 
@@ -241,6 +242,11 @@ def _add_model_keys(cfg: CN) -> None:
     # Parts without gradient, {part: eval | train}: the mode says whether dropout, DropPath and
     # BatchNorm behave as in evaluation or as in training. none: a _BASE_ freezes it, this does not.
     cfg.MODEL.RIS.FREEZE = CN(new_allowed=True)
+    # Activation checkpointing: parts, named as in FREEZE, whose layers keep only their inputs in
+    # training and are computed once more in the backward pass; ("all",): all that have such layers
+    # (encoders, VIPA's decoder, DeRIS' pixel decoder). docs/measurements.md says what it saves.
+    # With COMPILE layers with BatchNorm (in VIPA's decoder) keep everything.
+    cfg.MODEL.RIS.CHECKPOINT_ACTIVATIONS = ()
     # How a model decides that nothing fits. none: it never does (published RIS). area: fewer than
     # TEST.NO_TARGET_MIN_AREA foreground pixels. head: the method's own decision, or our small
     # existence head where it has none.

@@ -38,7 +38,7 @@ class OnDevice(Tensor):
 
     @staticmethod
     def __new__(cls, real: Tensor) -> "OnDevice":
-        # As torch's own FakeTensor: made as "meta", the device that it says is asked of dispatch.
+        # To C++ it lies on "meta": the backward pass would ask a CUDA driver for its streams.
         return Tensor._make_wrapper_subclass(
             cls,
             real.shape,
@@ -47,8 +47,10 @@ class OnDevice(Tensor):
             dtype=real.dtype,
             device=torch.device("meta"),
             requires_grad=real.requires_grad,
-            dispatch_device=True,
         )
+
+    device = property(lambda self: GPU)
+    is_cuda, is_meta = True, False
 
     def __init__(self, real: Tensor):
         self.content = real.detach()
@@ -97,14 +99,12 @@ def _place() -> str:
 
 
 def _run(func, args: tuple, kwargs: dict):
-    if func is torch.ops.prim.device.default:
-        return GPU
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     here = [x for x in tensors if isinstance(x, OnDevice)]
     elsewhere = [x for x in tensors if not isinstance(x, OnDevice) and x.dim() > 0]
     result_here = bool(here)
     if kwargs.get("device") is not None:
-        result_here = torch.device(kwargs["device"]).type == "cuda"
+        result_here = torch.device(kwargs["device"]).type in ("cuda", "meta")
         kwargs = {**kwargs, "device": CPU}
     if func is aten._to_copy.default:
         if result_here != bool(here):
@@ -126,6 +126,8 @@ def _run(func, args: tuple, kwargs: dict):
     elif here and func in READS:
         LOG.wait(str(func).split(".")[1])
     result = func(*tree_map_only(OnDevice, _real, args), **tree_map_only(OnDevice, _real, kwargs))
+    if not func._schema.returns:  # in place, of lists
+        return None
     name = func._schema.name.split("::")[1]
     if name.endswith("_") and not name.endswith("__"):
         return args[0]  # in place

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 MOMENTUM = 0.95
 # Quintic Newton-Schulz iteration that takes singular values of 0..1 to about 1 in five rounds.
@@ -49,15 +50,14 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            for p in parameters:
-                p.mul_(1 - group["lr"] * group["weight_decay"])
             if group["orthogonal"]:
-                self._step_matrices(parameters, lr=group["lr"])
+                self._step_matrices(parameters, group)
             else:
                 self._step_adam(parameters, group)
         return loss
 
-    def _step_matrices(self, parameters: list[Tensor], *, lr: float) -> None:
+    def _step_matrices(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        lr = group["lr"]
         shapes: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
         for p in parameters:
             state = self.state[p]
@@ -69,20 +69,29 @@ class Muon(torch.optim.Optimizer):
         for shape, pairs in shapes.items():
             updates = orthogonalize(torch.stack([ahead for _, ahead in pairs]))
             for (p, _), update in zip(pairs, updates, strict=True):
+                p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update.view(p.shape), alpha=-0.2 * lr * math.sqrt(max(shape)))
 
     def _step_adam(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        for p in parameters:
-            state = self.state[p]
+        states = [self.state[p] for p in parameters]
+        for p, state in zip(parameters, states, strict=True):
             if not state:
                 state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
-            state["step"] += 1
-            state["mean"].lerp_(p.grad, 1 - beta1)
-            state["square"].lerp_(p.grad.square(), 1 - beta2)
-            scale = (state["square"] / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-            rate = group["lr"] / (1 - beta1 ** state["step"])
-            p.addcdiv_(state["mean"], scale, value=-rate)
+            if not isinstance(state["step"], Tensor):  # a number in earlier checkpoints
+                state["step"] = torch.full((), float(state["step"]), device=p.device)
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            *([state[name] for state in states] for name in ("mean", "square")),
+            max_exp_avg_sqs=[],
+            state_steps=[state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            maximize=False,
+            **{name: group[name] for name in ("lr", "weight_decay", "eps")},
+        )
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

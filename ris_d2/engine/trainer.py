@@ -32,6 +32,8 @@ from .step import StepTrainer
 
 logger = logging.getLogger(__name__)
 
+_WRITING_PERIOD = 20  # iterations, of detectron2's PeriodicWriter
+
 
 class Trainer(DefaultTrainer):
     """Trains and evaluates any ris_d2 model from its config, on one or several GPUs or CPUs.
@@ -57,7 +59,7 @@ class Trainer(DefaultTrainer):
         loader = self.build_train_loader(scaled)
         cfg = with_iterations(cfg, loader.units_per_epoch)
         self.build_train_loader = lambda cfg: loader
-        with _ddp_without_gpu():
+        with _ddp_for_every_method(cfg.SOLVER.RIS.ACCUMULATION):
             super().__init__(cfg)
         ris = self.cfg.SOLVER.RIS
         fp16 = self.cfg.MODEL.RIS.PRECISION == "fp16"
@@ -108,6 +110,12 @@ class Trainer(DefaultTrainer):
         """Resume from OUTPUT_DIR's last checkpoint, or start from MODEL.INIT and MODEL.WEIGHTS."""
         super().resume_or_load(resume)
         self.data_loader.start = self.start_iter
+
+    def run_step(self) -> None:
+        super().run_step()
+        # What detectron2 writes now is of this step; a run that ends here has checked its last one.
+        if (self.iter + 1) % _WRITING_PERIOD == 0 or self.iter + 1 == self.max_iter:
+            self._trainer.settle()
 
     def build_writers(self) -> list[EventWriter]:
         writers = super().build_writers()
@@ -199,6 +207,7 @@ class Trainer(DefaultTrainer):
         )
 
     def _evaluate(self) -> dict[str, dict[str, float]]:
+        self._trainer.settle()
         with self._averaged():
             self._last_eval_results = self.test(self.cfg, self.model)
         return self._last_eval_results
@@ -227,13 +236,18 @@ class Trainer(DefaultTrainer):
 
 
 @contextlib.contextmanager
-def _ddp_without_gpu() -> Iterator[None]:
-    """Within, detectron2 distributes models on the CPU, too, and not on GPUs alone."""
+def _ddp_for_every_method(accumulation: int) -> Iterator[None]:
+    """Within, detectron2 distributes models on the CPU, too, and not on GPUs alone.
+
+    Gradients lie in the buffers that processes exchange. Every step uses the same parameters in the
+    same way, which torch may know unless the first backward pass exchanges nothing (accumulation).
+    """
     stock = defaults.create_ddp_model
 
     def create_ddp_model(model: nn.Module, **kwargs: Any) -> nn.Module:
         if next(model.parameters()).device.type == "cpu":
             kwargs["device_ids"] = None
+        kwargs.update(gradient_as_bucket_view=True, static_graph=accumulation == 1)
         return stock(model, **kwargs)
 
     defaults.create_ddp_model = create_ddp_model

@@ -15,6 +15,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from .layers import ExistenceHead, resize_maps
+from .layers.checkpointing import checkpoint_layers
 from .options import arguments, check_choice
 from .losses import mean_over_processes
 from .precision import fastest_precision
@@ -42,6 +43,8 @@ class ReferringSegmenter(nn.Module):
             normalisation.
         precision: fp32, bf16, fp16 or auto; the autocast dtype of the forward pass.
         compiles: run ``encode_images`` and ``segment`` through torch.compile.
+        checkpoint_activations: parts whose layers are computed once more in the backward pass, or
+            "all"; see MODEL.RIS.CHECKPOINT_ACTIVATIONS.
         freeze: part -> "eval" or "train": parts without gradients and the mode they stay in;
             "none": a part that a config's _BASE_ freezes and the config does not.
         no_target: none, area or head; see MODEL.RIS.NO_TARGET.
@@ -78,6 +81,7 @@ class ReferringSegmenter(nn.Module):
         input_size: tuple[int, int],
         precision: str = "fp32",
         compiles: bool = False,
+        checkpoint_activations: Sequence[str] = (),
         freeze: Mapping[str, str] | None = None,
         no_target: str = "none",
         sentence_dim: int | None = None,
@@ -101,6 +105,7 @@ class ReferringSegmenter(nn.Module):
         self.precision = precision
         self.compiles = compiles
         self._ran: set[str] = set()
+        self.checkpoint_activations = tuple(checkpoint_activations)
         for part, mode in (freeze or {}).items():
             check_choice(f"MODEL.RIS.FREEZE.{part}", mode, ("eval", "train", "none"))
         self.freeze = {part: mode for part, mode in (freeze or {}).items() if mode != "none"}
@@ -121,6 +126,7 @@ class ReferringSegmenter(nn.Module):
             "to_be_applied": ["SOLVER.RIS"] + ["MODEL.INIT"] * bool(cfg.MODEL.INIT),
             "input_size": cfg.INPUT.RIS.SIZE,
             "compiles": ris.COMPILE,
+            "checkpoint_activations": ris.CHECKPOINT_ACTIVATIONS,
             "freeze": ris.FREEZE,
             "min_area": cfg.TEST.NO_TARGET_MIN_AREA,
             "max_expressions": cfg.TEST.MAX_EXPRESSIONS,
@@ -295,22 +301,30 @@ class ReferringSegmenter(nn.Module):
         """As nn.Module's, but frozen parts are in the mode that ``freeze`` says.
 
         Raises:
-            ValueError: ``freeze`` names a part that is not there.
+            ValueError: ``freeze`` or ``checkpoint_activations`` names a part that is not there, or
+                the latter one without layers.
         """
         super().train(mode)
         self._freeze(self.freeze)
+        for part in self.checkpoint_activations:
+            module = self if part == "all" else self._part("CHECKPOINT_ACTIVATIONS", part)
+            if not checkpoint_layers(module):
+                raise ValueError(
+                    f"MODEL.RIS.CHECKPOINT_ACTIVATIONS names {part!r}, which has no such layers"
+                )
         return self
 
     def _freeze(self, parts: Iterable[str]) -> None:
         for part in parts:
-            try:
-                module = self.get_submodule(part)
-            except AttributeError:
-                known = [name for name, _ in self.named_children()]
-                raise ValueError(
-                    f"MODEL.RIS.FREEZE names {part!r}; the parts are {known}"
-                ) from None
+            module = self._part("FREEZE", part)
             module.requires_grad_(False).train(self.training and self.freeze[part] == "train")
+
+    def _part(self, key: str, name: str) -> nn.Module:
+        try:
+            return self.get_submodule(name)
+        except AttributeError:
+            known = [child for child, _ in self.named_children()]
+            raise ValueError(f"MODEL.RIS.{key} names {name!r}; the parts are {known}") from None
 
     # What the base does.
 

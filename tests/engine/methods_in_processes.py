@@ -1,6 +1,7 @@
 """Each method's smallest leaf, trained for a few steps: python methods_in_processes.py RANK PORT DIR.
 
-Two processes leave what the tests compare with one: losses in NAME/losses.json; in NAME/trained the
+Two processes leave what the tests compare with one: losses in NAME/losses.json, with activation
+checkpointing, and in micro/losses.json those of shared_ris in micro-batches; in NAME/trained the
 files of a training as it is, and in NAME/evaluated those of an evaluation of its checkpoint alone;
 in NAME/shared.json how many buffers both processes evaluated with.
 """
@@ -35,6 +36,8 @@ SETTINGS = {
     "TEST.SAVE_PREDICTIONS": True,
     "DATALOADER.NUM_WORKERS": 0,
 }
+CHECKPOINTED = {"MODEL__RIS__CHECKPOINT_ACTIVATIONS": ("all",)}
+MICRO = {"SOLVER__RIS__ACCUMULATION": 2}
 # Dropped weights of attention, which each process draws by itself.
 NOISE = {"deris": {"MODEL.DERIS.EXISTENCE_DROPOUT": 0.0}}
 
@@ -94,15 +97,16 @@ def same_points(*size, device=None, drawn=torch.rand):
     return drawn(1, *size[1:], generator=generator).expand(size)
 
 
-def losses_of(name, output_dir):
-    """Losses of each step, by name."""
+def losses_of(name, output_dir, **more):
+    """Losses of each step, by name; ``more`` keys have __ for dots."""
+    more = {key.replace("__", "."): value for key, value in more.items()}
     # The second is VIPA's noise, whose -log is 0 then.
     with (
         mock.patch.object(torch, "rand", same_points),
         mock.patch.object(torch.Tensor, "exponential_", lambda self: self.fill_(1.0)),
     ):
         torch.manual_seed(7)
-        trainer = Comparable(config(name, output_dir, NOISE.get(name, {})))
+        trainer = Comparable(config(name, output_dir, {**NOISE.get(name, {}), **more}))
         recorder = Recorder()
         trainer.register_hooks([recorder])
         trainer.resume_or_load(False)
@@ -136,11 +140,14 @@ def evaluate(name, weights, output_dir):
 
 def main(folder):
     for name in NAMES:
-        losses = losses_of(name, folder / name / "comparable")
+        losses = losses_of(name, folder / name / "comparable", **CHECKPOINTED)
         shared = train_and_evaluate(name, folder / name)
         if comm.is_main_process():
             (folder / name / "losses.json").write_text(json.dumps(losses))
             (folder / name / "shared.json").write_text(json.dumps(shared))
+    losses = losses_of("shared_ris", folder / "micro", **CHECKPOINTED, **MICRO)
+    if comm.is_main_process():
+        (folder / "micro" / "losses.json").write_text(json.dumps(losses))
 
 
 if __name__ == "__main__":

@@ -57,8 +57,16 @@ def two(data, tmp_path_factory):
 @pytest.mark.parametrize("name", methods.NAMES)
 def test_losses_are_those_of_one_process(name, two, tmp_path):
     """With BatchNorm over all processes and the same noise; see ``Comparable`` for what differs."""
-    one = methods.losses_of(name, tmp_path)
-    both = json.loads((two / name / "losses.json").read_text())
+    assert_same_losses(methods.losses_of(name, tmp_path), two / name)
+
+
+def test_losses_of_micro_batches_are_those_of_one_process(two, tmp_path):
+    one = methods.losses_of("shared_ris", tmp_path, **methods.MICRO)
+    assert_same_losses(one, two / "micro")
+
+
+def assert_same_losses(one, folder):
+    both = json.loads((folder / "losses.json").read_text())
     assert len(one) == methods.STEPS and one[0].keys() == both[0].keys()
     for ours, theirs in zip(one, both, strict=True):
         assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-5)

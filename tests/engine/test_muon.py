@@ -93,3 +93,20 @@ def test_the_config_sets_linear_layers_and_convolutions_apart():
     assert len(found) == 7 and apart == {"stem.weight", "layer.weight"}
     assert {found[name][1] for name in apart} == {2.0}
     assert {rate for name, (_, rate) in found.items() if name not in apart} == {0.5}
+
+
+def test_checkpoints_that_count_steps_in_numbers_are_gone_on_with():
+    first, second = (nn.ParameterList([torch.full((8,), 0.5)]) for _ in range(2))
+    optimizers = [
+        Muon([{"params": p}], lr=0.1, betas=(0.9, 0.98), eps=1e-8) for p in (first, second)
+    ]
+    for step in range(2):
+        if step == 1:
+            state = copy.deepcopy(optimizers[0].state_dict())
+            state["state"][0]["step"] = int(state["state"][0]["step"])
+            second.load_state_dict(first.state_dict())
+            optimizers[1].load_state_dict(state)
+        for parameters, optimizer in zip((first, second), optimizers):
+            gradients(parameters, step)
+            optimizer.step()
+    assert torch.equal(first[0], second[0])

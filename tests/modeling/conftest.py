@@ -1,8 +1,14 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from detectron2.structures import BitMasks, Instances
 
 from ris_d2 import get_ris_cfg
+
+# Helper modules of these tests, and of all.
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 
 @pytest.fixture

@@ -156,19 +156,6 @@ def test_drop_path_keeps_or_drops_both_modalities_of_a_sample():
     assert 0.1 < kept_vision.float().mean() < 0.4  # both branches dropped: a quarter
 
 
-def test_checkpointing_changes_memory_only():
-    ids, mask = text([4], 4)
-    gradients = []
-    for checkpointing in (False, True):
-        model = build(checkpointing=checkpointing).train()
-        vision, words = model.encode(
-            model.embed_image(torch.ones(1, 3, 64, 64)), model.embed_text(ids, mask), mask
-        )[3]
-        (vision.square().mean() + words.square().mean()).backward()
-        gradients.append(model.text_embed.weight.grad)
-    assert torch.allclose(*gradients)
-
-
 def test_conv_stem_makes_one_token_per_patch():
     model = build(image_size=(32, 48), patch_size=8, stem="conv")
     assert model.embed_image(torch.randn(2, 3, 32, 48)).shape == (2, 1 + 4 * 6, 48)

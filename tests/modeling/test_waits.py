@@ -1,54 +1,18 @@
 """What a GPU would have to be waited for, on a device that is pretended (tests/pretended_device.py)."""
 
-import importlib.util
-from pathlib import Path
+import itertools
+import math
 
+import pretended_device as pretended
 import pytest
 import torch
-from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Instances
+from detectron2.utils.events import EventStorage
+from instant import METHODS, build, configure
 
-from ris_d2 import load_config
+from ris_d2.engine import build_optimizer
+from ris_d2.engine.step import StepTrainer
 
-_spec = importlib.util.spec_from_file_location(
-    "pretended_device", Path(__file__).parents[1] / "pretended_device.py"
-)
-pretended = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(pretended)
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-METHODS = ("asda", "deris", "risam", "shared_ris", "vipa")
-
-
-def make_unit(cfg, num_expressions, *, seed):
-    generator = torch.Generator().manual_seed(seed)
-    (height, width), length = cfg.INPUT.RIS.SIZE, cfg.INPUT.RIS.MAX_TOKENS
-
-    def pixels(*size):
-        return torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
-
-    masks = torch.zeros(2, height, width, dtype=torch.bool)
-    masks[0, 5:20, 5:20] = masks[1, 30:, 30:] = True
-    text_mask = (torch.arange(length) < torch.tensor([[5], [7]]))[:num_expressions]
-    return {
-        "image": pixels(height, width),
-        "views": {name: pixels(*size) for name, *size in cfg.INPUT.RIS.VIEWS},
-        "input_ids": torch.randint(5, 60, text_mask.shape, generator=generator),
-        "text_mask": text_mask,
-        "content_box": (0, 0, width, height),
-        **{"height": 50, "width": 70, "image_id": seed, "file_name": f"{seed}.jpg"},
-        "expressions": [{"expression_id": i} for i in range(num_expressions)],
-        "instances": Instances((height, width), gt_masks=BitMasks(masks)),
-        "targets": torch.tensor([[True, False], [True, True]])[:num_expressions],
-    }
-
-
-def build(method):
-    cfg = load_config(str(CONFIGS / "instant_test" / f"{method}.yaml"), ["MODEL.DEVICE", "cpu"])
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    model.to_be_applied = set()
-    return model, [make_unit(cfg, 2, seed=1), make_unit(cfg, 1, seed=2)]
+MUON = ("SOLVER.RIS.OPTIMIZER", "Muon")
 
 
 def count(log):
@@ -82,26 +46,72 @@ def test_evaluation_waits_for_its_results_alone(method):
             )
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_training_waits_for_the_matcher_alone(method):
+class Recorder(EventStorage):
+    """What was put under which iteration: name -> {iteration: value}."""
+
+    def __init__(self):
+        super().__init__(0)
+        self.found = {}
+
+    def put_scalar(self, name, value, *args, **kwargs):
+        self.found.setdefault(name, {})[self.iter] = value
+
+
+def train(method, *options, device=False):
+    """Two steps of a trainer on its way, what was logged when it came out of them, and all of the log."""
     model, batch = build(method)
+    cfg = configure(method, *options)
+    # Constants that depend on sizes are made in the first call.
+    model.train()(batch)
+    if device:
+        pretended.to_device(model)
     torch.manual_seed(3)
-    expected = model.train()(batch)
-    pretended.to_device(model)
-    torch.manual_seed(3)
+    optimizer = build_optimizer(cfg, model)
+    trainer = StepTrainer(model, itertools.repeat(batch), optimizer, clip_grad_norm=0.1)
+    with Recorder() as storage:
+        for storage.iter in range(2):
+            trainer.iter = storage.iter
+            trainer.run_step()
+        logged = {name: [*values] for name, values in storage.found.items()}
+        trainer.settle()
+    return trainer, logged, storage.found
+
+
+@pytest.mark.parametrize("method, options", [(m, ()) for m in METHODS] + [("vipa", MUON)])
+def test_a_training_step_waits_for_the_matcher_alone(method, options):
+    """Losses are read a step late, under their own iteration."""
+    _, at_once, expected = train(method, *options)
     with pretended.pretended_device() as log:
-        losses = model(batch)
-        own_waits = count(log)
-        values = {name: loss.item() for name, loss in losses.items()}
-    assert own_waits == ({("to", "modeling/deris/matcher.py"): 1} if method == "deris" else {})
+        _, logged, found = train(method, *options, device=True)
+    assert count(log) == ({("to", "modeling/deris/matcher.py"): 2} if method == "deris" else {})
     # All of the batch lies on the device before the forward pass.
     assert {place.split(":")[0] for _, place in log.copies} <= {
+        "engine/step.py",
         "modeling/segmenter.py",
         "modeling/deris/criterion.py",
         "modeling/deris/matcher.py",
     }
-    for name, loss in expected.items():
-        assert values[name] == pytest.approx(loss.item(), rel=1e-5)
+    assert at_once["total_loss"] == [0, 1] and logged["total_loss"] == logged["grad_norm"] == [0]
+    for name in expected.keys() - {"data_time"}:
+        assert found[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
+def test_a_loss_that_is_not_finite_is_named_a_step_late_and_never_saved():
+    message = "at iteration 7: loss_bce nan, .*samples: 1.jpg"
+    with pretended.pretended_device(), Recorder():
+        trainer, *_ = train("shared_ris", device=True)
+        assert trainer.state_dict()["optimizer"]["state"]
+        losses = {"loss_bce": math.nan, "loss_dice": 1.0}
+        trainer.model.mask_losses = lambda outputs, masks: {
+            name: outputs["mask_logits"].mean((1, 2)) * value for name, value in losses.items()
+        }
+        trainer.iter = 7
+        trainer.run_step()
+        with pytest.raises(FloatingPointError, match=message):
+            trainer.state_dict()
+        trainer.iter = 8
+        with pytest.raises(FloatingPointError, match=message):
+            trainer.run_step()
 
 
 @pytest.mark.parametrize(

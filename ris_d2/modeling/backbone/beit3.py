@@ -5,14 +5,13 @@ attention itself is joint. Parameter names are those of the released checkpoints
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..layers.attention import attend_by_heads, drop_path_scale
 from ..layers.multiway import ModalityPair, Streams, join, split, visible_tokens
@@ -140,7 +139,6 @@ class RISBEiT3(Backbone):
         max_text_positions: int = 1024,
         drop_path: float = 0.0,
         final_norm: bool = True,
-        checkpointing: bool = False,
     ):
         """
         Args:
@@ -149,7 +147,6 @@ class RISBEiT3(Backbone):
             drop_path: probability in the last layer; it grows linearly from 0 in the first.
             final_norm: build ``encoder.layer_norm``. Methods that read the residual stream leave it
                 out, since it would never receive a gradient.
-            checkpointing: recompute layers in the backward pass.
 
         Raises:
             ValueError: the image size is no multiple of the patch size, or unknown stem or init.
@@ -158,7 +155,6 @@ class RISBEiT3(Backbone):
         self.grid = patch_grid(image_size, patch_size)
         self.image_size, self.patch_size = tuple(image_size), patch_size
         self.embed_dim, self.depth, self.vocab_size = embed_dim, depth, vocab_size
-        self.checkpointing = checkpointing
         self.text_embed = nn.Embedding(vocab_size, embed_dim)
         self.vision_embed = VisionEmbedding(dim=embed_dim, patch_size=patch_size, stem=stem)
         self.encoder = Encoder(
@@ -228,13 +224,13 @@ class RISBEiT3(Backbone):
         if attn_mask is not None:
             attn_mask = attn_mask[:, None, None, :]
         for number, layer in enumerate(self.encoder.layers, 1):
-            if self.checkpointing and self.training:
-                streams = checkpoint(layer, *streams, attn_mask, use_reentrant=False)
-            else:
-                streams = layer(*streams, attn_mask)
+            streams = layer(*streams, attn_mask)
             if number in taps or number == self.depth:
                 states[number] = streams
         return states
+
+    def layers_to_checkpoint(self) -> Iterable[nn.Module]:
+        return self.encoder.layers
 
     def joint(self, image_tokens: Tensor, input_ids: Tensor, text_mask: Tensor) -> Streams:
         """Read images together with sentences; needs ``final_norm``.

@@ -1,5 +1,6 @@
 """CLIP's vision transformer (Radford et al., ICML 2021), on transformers' ``CLIPVisionModel``."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -98,6 +99,9 @@ class RISCLIPViT(Backbone):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> {"last": (B, dim, H/p, W/p)}."""
         return {"last": self.feature_map(self.forward_layers(images)[-1])}
+
+    def layers_to_checkpoint(self) -> Iterable[nn.Module]:
+        return self.transformer.encoder.layers
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return {"last": ShapeSpec(channels=self.dim, stride=self.patch_size)}

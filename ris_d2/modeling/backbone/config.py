@@ -19,8 +19,6 @@ def add_backbone_config(cfg: CN) -> None:
     cfg.MODEL.RIS.BEIT3.INIT = "released"
     cfg.MODEL.RIS.BEIT3.VOCAB_SIZE = 64010
     cfg.MODEL.RIS.BEIT3.DROP_PATH = 0.1
-    # Recompute layers in the backward pass: less memory, more time.
-    cfg.MODEL.RIS.BEIT3.CHECKPOINTING = False
 
     # RISSwin backbone; defaults are Swin-B of 384 x 384 (Swin-S: 96, depths as they are, heads
     # (3, 6, 12, 24), window 7; Swin-T: the same with depths (2, 2, 6, 2); Swin-L: 192, heads
@@ -33,8 +31,6 @@ def add_backbone_config(cfg: CN) -> None:
     # Of the last block, linear from 0. A Swin that is frozen in mode "train" keeps it on, as the
     # released DeRIS does (MODEL.RIS.FREEZE).
     cfg.MODEL.RIS.SWIN.DROP_PATH = 0.3
-    # Recompute blocks in the backward pass: less memory, more time.
-    cfg.MODEL.RIS.SWIN.CHECKPOINTING = False
 
     _add_plain_transformers(cfg)
 

@@ -1,7 +1,7 @@
 """SAM's image encoder (Kirillov et al., "Segment Anything", ICCV 2023), on transformers' SAM."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -114,6 +114,9 @@ class RISSAMViT(Backbone):
         if self.has_neck:
             outputs["neck"] = encoder.neck(tokens)
         return outputs
+
+    def layers_to_checkpoint(self) -> Iterable[nn.Module]:
+        return self.vision_encoder.layers
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         shape = ShapeSpec(channels=self.embed_dim, stride=self.patch_size)

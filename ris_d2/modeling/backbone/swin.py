@@ -17,7 +17,6 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..layers import Constants, init_released
 from ..layers.attention import drop_path_scale
@@ -196,7 +195,6 @@ class RISSwin(Backbone):
         num_heads: Sequence[int],
         window_size: int,
         drop_path: float = 0.0,
-        checkpointing: bool = False,
         out_features: Sequence[str] = _FEATURES,
     ):
         """
@@ -206,7 +204,6 @@ class RISSwin(Backbone):
             num_heads: per stage.
             window_size: M, in tokens.
             drop_path: of the last block; grows linearly from 0 in the first.
-            checkpointing: recompute blocks in the backward pass.
             out_features: what ``forward`` returns, of "res2" ... "res5" (stage 0 ... 3); each has
                 its own LayerNorm, and the others have none.
 
@@ -227,7 +224,6 @@ class RISSwin(Backbone):
         for dim, heads in zip(self.dims, num_heads, strict=True):
             if dim % heads:
                 raise ValueError(f"MODEL.RIS.SWIN: {dim} channels do not divide by {heads} heads")
-        self.checkpointing = checkpointing
         self.patch_embed = PatchEmbedding(dim=embed_dim)
         rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(list(depths))
         stages = zip(self.dims, num_heads, rates, strict=True)
@@ -279,11 +275,11 @@ class RISSwin(Backbone):
             partition = self.partitions(
                 tuple(size), block.attn.window_size, block.attn.shift, device=tokens.device
             )
-            if self.checkpointing and self.training and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, partition, use_reentrant=False)
-            else:
-                tokens = block(tokens, partition)
+            tokens = block(tokens, partition)
         return tokens
+
+    def layers_to_checkpoint(self) -> list[nn.Module]:
+        return [block for stage in self.layers for block in stage.blocks]
 
     def downsample(self, stage: int, tokens: Tensor, size: Size) -> tuple[Tensor, Size]:
         """Go from a stage's output to the next one's input: half the size, twice the channels."""

@@ -1,12 +1,12 @@
 """Plain vision transformers, on timm's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..options import arguments
 
@@ -49,6 +49,9 @@ class RISViT(Backbone):
             images, indices=list(self.out_blocks), intermediates_only=True
         )
         return dict(zip(self._shapes, maps, strict=True))
+
+    def layers_to_checkpoint(self) -> Iterable[nn.Module]:
+        return self.model.blocks
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return dict(self._shapes)

@@ -1,7 +1,7 @@
 """Pixel decoder: a deformable transformer over three levels and one FPN step up to a quarter."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -95,6 +95,9 @@ class PixelDecoder(nn.Module):
         coarser = levels[-1].transpose(1, 2).unflatten(2, sizes[-1])
         finest = finest + resize_maps(coarser, finest.shape[-2:])
         return levels, sizes, self.mask_features(self.output(finest))
+
+    def layers_to_checkpoint(self) -> Iterable[nn.Module]:
+        return self.layers
 
 
 def level_positions(sizes: tuple[Size, ...], dim: int) -> list[Tensor]:

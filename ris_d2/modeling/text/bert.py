@@ -84,6 +84,14 @@ class BertStack(nn.Module):
                 hidden = layer(hidden, attention_mask=attention_mask)
         return hidden
 
+    def layers_to_checkpoint(self) -> list[nn.Module]:
+        # A layer that reads another modality is not called as a whole, and its keys and values are
+        # what is large.
+        return [
+            layer.attention.self if number in self.context_dims else layer
+            for number, layer in enumerate(self.layers)
+        ]
+
 
 @TEXT_ENCODER_REGISTRY.register()
 class RISBert(BertStack):

@@ -1,5 +1,7 @@
 """A causal language model as text encoder, e.g. Qwen2 (DeRIS' remark on larger cognition)."""
 
+from collections.abc import Iterable
+
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
@@ -45,6 +47,9 @@ class RISCausalLM(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         return arguments(cfg.MODEL.RIS.TEXT.CAUSAL_LM)
+
+    def layers_to_checkpoint(self) -> Iterable[nn.Module]:
+        return self.model.layers
 
     def forward(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
         """int64 (E, L), bool (E, L), True = real token -> (E, L, dim), normalised."""

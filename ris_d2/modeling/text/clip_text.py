@@ -1,5 +1,6 @@
 """CLIP's text transformer (Radford et al., ICML 2021), on transformers' ``CLIPTextModel``."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
@@ -88,6 +89,9 @@ class RISCLIPText(nn.Module):
         """
         outputs = self.transformer(input_ids=input_ids, output_hidden_states=True)
         return [*outputs.hidden_states[1 : self.depth + 1], outputs.last_hidden_state]
+
+    def layers_to_checkpoint(self) -> Iterable[nn.Module]:
+        return self.transformer.encoder.layers
 
     def fit_state_dict(self, state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Cut a checkpoint's position table to the length of this one.

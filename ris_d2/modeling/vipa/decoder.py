@@ -80,6 +80,9 @@ class VIPADecoder(nn.Module):
             x = self._attend(stage, x, tokens, attn_mask)
         return self.head(x).squeeze(1), x
 
+    def layers_to_checkpoint(self) -> list[nn.Module]:
+        return [*self.attend.values(), *self.fuse]
+
     def _attend(self, stage: int, x: Tensor, tokens: Tensor, attn_mask: Tensor | None) -> Tensor:
         if str(stage) not in self.attend:
             return x

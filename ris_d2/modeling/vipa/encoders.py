@@ -112,6 +112,11 @@ class EarlyFusion(nn.Module):
                 tokens = fusion.gate_down(tokens, residual)
         return maps, text
 
+    def layers_to_checkpoint(self) -> list[nn.Module]:
+        """Beside those of Swin and BERT."""
+        layers = [layer for fusion in self.fusions for layer in fusion.children()]
+        return [layer for layer in layers if not isinstance(layer, nn.LayerNorm)]
+
     def _language_stage(
         self, stage: int, text: Tensor, text_mask: Tensor, vision: Tensor
     ) -> Tensor:
