@@ -39,6 +39,7 @@ setup(
         "tqdm",
         "timm>=1.0",
         "tokenizers",
+        "torchvision",
         "transformers>=5",  # layers of earlier ones return tuples
     ],
     extras_require={

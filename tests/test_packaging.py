@@ -48,8 +48,8 @@ def third_party_imports(path):
     own = {
         "ris_d2",
         "setuptools",
-        "_program",
         path.parent.name,
+        *(other.stem for other in ROOT.glob("tools/_*.py")),
         *(other.stem for other in path.parent.glob("*.py")),
     }
     tree = ast.parse(path.read_text())

@@ -146,12 +146,11 @@ class ConversionLog:
     def count(self, batch: Iterable[dict]) -> None:
         """Count a batch of units or model inputs."""
         self._batches += 1
-        for unit in batch:
-            for expression in unit["expressions"]:
-                converted = "replaced_text" in expression
-                self._sentences += 1
-                self._converted += converted
-                self._with_target += converted or bool(expression["annotation_ids"])
+        for expression in (expression for unit in batch for expression in unit["expressions"]):
+            converted = "replaced_text" in expression
+            self._sentences += 1
+            self._converted += converted
+            self._with_target += converted or bool(expression["annotation_ids"])
         if self._batches % self._period == 0 and self._with_target:
             before, share = self._with_target, 100 / self._sentences
             logger.info(

@@ -256,7 +256,6 @@ class RecordBuilder:
         self._source = source
         self.skipped = skipped
         self._records: dict[int, dict] = {}
-        self._annotations: dict[int, dict[int, dict]] = defaultdict(dict)
         self._expression_ids: set[int] = set()
         self._replaced = 0
 
@@ -294,22 +293,16 @@ class RecordBuilder:
                 **image,
                 "file_name": file_name,
                 "source": self._source,
-                "annotations": [],
+                "annotations": {},  # by id
                 "expressions": [],
             }
         named = {annotation["id"]: annotation for annotation in annotations}
-        self._annotations[image_id].update(named)
-        self._records[image_id]["expressions"].append(
-            {
-                "expression_id": expression_id,
-                "ref_id": ref_id,
-                "text": text,
-                "annotation_ids": list(named),
-            }
-        )
+        self._records[image_id]["annotations"].update(named)
+        ids = {"expression_id": expression_id, "ref_id": ref_id}
+        expression = {**ids, "text": text, "annotation_ids": list(named)}
+        self._records[image_id]["expressions"].append(expression)
 
     def records(self) -> list[dict]:
         """The records gathered so far."""
-        for image_id, record in self._records.items():
-            record["annotations"] = list(self._annotations[image_id].values())
-        return list(self._records.values())
+        gathered = self._records.values()
+        return [{**r, "annotations": list(r["annotations"].values())} for r in gathered]

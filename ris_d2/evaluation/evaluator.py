@@ -1,5 +1,6 @@
 """ReferringEvaluator: counts each predicted mask as it comes and keeps one row of numbers of it."""
 
+import functools
 import json
 import logging
 import os
@@ -216,12 +217,9 @@ def _name(unit: dict) -> str:
 
 def _original_size(unit: dict) -> tuple[int, int]:
     """(height, width) of the image, at which its annotations are drawn."""
-    if "original_size" in unit:
-        return tuple(unit["original_size"])
-    for annotation in unit["annotations"]:
-        if isinstance(annotation["segmentation"], dict):
-            return tuple(annotation["segmentation"]["size"])
-    return unit["height"], unit["width"]
+    segmentations = [annotation["segmentation"] for annotation in unit["annotations"]]
+    sizes = [rle["size"] for rle in segmentations if isinstance(rle, dict)]
+    return tuple(unit.get("original_size") or [*sizes, (unit["height"], unit["width"])][0])
 
 
 def _in_order(unit: dict, results: Sequence[dict]) -> Sequence[dict]:
@@ -251,35 +249,29 @@ def _check_shape(unit: dict, result: dict, masks: torch.Tensor, shape: tuple[int
 
 def ground_truth(unit: dict, sample: str) -> tuple[list[np.ndarray], np.ndarray]:
     """The unit's distinct ground truths, bool (height,width), and which is each expression's."""
-    segmentations = {
-        annotation["id"]: annotation["segmentation"] for annotation in unit["annotations"]
-    }
-    decoded: dict[int, np.ndarray] = {}
+    segmentations = {a["id"]: a["segmentation"] for a in unit["annotations"]}
 
+    @functools.cache
     def decode(annotation_id: int) -> np.ndarray:
-        if annotation_id not in decoded:
-            try:
-                mask = rasterize(segmentations[annotation_id], *_original_size(unit))
-            except ValueError as error:
-                raise ValueError(f"{_name(unit)}, annotation {annotation_id}: {error}") from error
-            decoded[annotation_id] = resize_nearest(
-                mask, unit["height"], unit["width"], sample=sample
-            )
-        return decoded[annotation_id]
+        try:
+            mask = rasterize(segmentations[annotation_id], *_original_size(unit))
+        except ValueError as error:
+            raise ValueError(f"{_name(unit)}, annotation {annotation_id}: {error}") from error
+        return resize_nearest(mask, unit["height"], unit["width"], sample=sample)
 
     truths: dict[tuple[int, ...], np.ndarray] = {}
     which = []
     for expression in unit["expressions"]:
         key = tuple(sorted(expression["annotation_ids"]))
-        for annotation_id in key:
-            if annotation_id not in segmentations:
-                raise ValueError(
-                    f"{_name(unit)}, expression {expression['expression_id']}: annotation "
-                    f"{annotation_id} is not among the image's annotations"
-                )
+        unknown = set(key) - segmentations.keys()
+        if unknown:
+            raise ValueError(
+                f"{_name(unit)}, expression {expression['expression_id']}: annotation "
+                f"{unknown.pop()} is not among the image's annotations"
+            )
         if key not in truths:
             nothing = np.zeros((unit["height"], unit["width"]), bool)
-            truth = union([decode(annotation_id) for annotation_id in key]) if key else nothing
+            truth = union([*map(decode, key)]) if key else nothing
             # Decoded masks are column-major; combining them with row-major predictions is slow.
             truths[key] = np.ascontiguousarray(truth)
         which.append(list(truths).index(key))

@@ -175,35 +175,30 @@ def expression_records(
     predicted instances that lie in the ground truth by more than half: nan without instances, 1
     where that union and the ground truth are both empty.
     """
-    for start in range(0, len(rows), 5000):  # Python objects of a part of them at a time
-        yield from _expression_records(rows[start : start + 5000], images)
-
-
-def _expression_records(
-    rows: np.ndarray, images: Sequence[tuple[str, str, int]]
-) -> Iterator[dict[str, Any]]:
-    oracle = iou(rows["oracle_intersection"], rows["oracle_union"])
-    oracle[(rows["oracle_union"] == 0) & (rows["target_area"] == 0)] = 1.0
-    oracle[rows["oracle_union"] < 0] = math.nan
-    columns = {
-        "ref_id": rows["ref_id"],
-        "expression_id": rows["expression_id"],
-        "I": rows["intersection"],
-        "U": rows["union"],
-        "IoU": iou(rows["intersection"], rows["union"]),
-        "gIoU": gres_iou(**_counts(rows)),
-        "score": rows["score"],
-        "no_target": rows["predicted_no_target"],
-        "num_targets": rows["num_targets"],
-        "area_ratio": area_ratio(rows),
-        "num_words": rows["num_words"],
-        "kinds": np.array([kind_names(bits) for bits in rows["kinds"].tolist()], dtype=object),
-        "oracle_IoU": oracle,
-    }
-    for index, *values in zip(rows["image"], *(column.tolist() for column in columns.values())):
-        source, file_name, image_id = images[index]
-        image = {"source": source, "file_name": file_name, "image_id": image_id}
-        yield {**image, **dict(zip(columns, values))}
+    # Python objects of a part of them at a time.
+    for part in np.array_split(rows, range(5000, len(rows), 5000)):
+        oracle = iou(part["oracle_intersection"], part["oracle_union"])
+        oracle[(part["oracle_union"] == 0) & (part["target_area"] == 0)] = 1.0
+        oracle[part["oracle_union"] < 0] = math.nan
+        columns = {
+            "ref_id": part["ref_id"],
+            "expression_id": part["expression_id"],
+            "I": part["intersection"],
+            "U": part["union"],
+            "IoU": iou(part["intersection"], part["union"]),
+            "gIoU": gres_iou(**_counts(part)),
+            "score": part["score"],
+            "no_target": part["predicted_no_target"],
+            "num_targets": part["num_targets"],
+            "area_ratio": area_ratio(part),
+            "num_words": part["num_words"],
+            "kinds": np.array([kind_names(bits) for bits in part["kinds"].tolist()], dtype=object),
+            "oracle_IoU": oracle,
+        }
+        for index, *values in zip(part["image"], *(column.tolist() for column in columns.values())):
+            source, file_name, image_id = images[index]
+            image = {"source": source, "file_name": file_name, "image_id": image_id}
+            yield {**image, **dict(zip(columns, values))}
 
 
 def prediction_records(
