@@ -17,7 +17,7 @@ from ..segmenter import ReferringSegmenter
 from ..text import RISCLIPText, build_text_encoder
 from .afs import AdaptiveFeatureSelection, Selected, to_map
 from .attention import LocalVisualAttention, WordGuidedAttention
-from .blocks import ConvBlock, Norm
+from .blocks import ConvBlock
 from .decoder import SegmentationDecoder
 from .sfa import GlobalFusion
 from .variants import build_aggregator, build_network
@@ -40,8 +40,14 @@ class ImageFeatures(NamedTuple):
 class ASDA(ReferringSegmenter):
     """Fig. 2: CLIP's towers -> selection of layers, fusion, aggregation -> two branches.
 
-    The first branch refines F_coarse to N_c response masks, the second reads the words and weights
-    them. Image and sentence meet behind the towers, so that the vision transformer runs once per
+    - ``vision``, ``text``: features of all N layers, words f_T, sentence f_E.
+    - ``selection``: F_L and F_M, of a layer that the sentence chooses (Eq. 1 to 3).
+    - ``fusion``: F_G of the last layer and f_E (Eq. 4).
+    - ``aggregator``: F_coarse of F_G, F_M and F_L (Eq. 5).
+    - ``attention``: F_A (Eq. 6); ``decoder``: N_c response masks M' of it (Eq. 7).
+    - ``word_attention``: F_fine (Eq. 8); ``coefficients``: a weight for each M' (Eq. 9, 10).
+
+    Image and sentence meet behind the towers, so that the vision transformer runs once per
     image, and a selected layer is enlarged once however many expressions select it.
     """
 
@@ -63,6 +69,7 @@ class ASDA(ReferringSegmenter):
         coefficients: CoefficientGenerator | None,
         layerwise_text: bool,
         sigmoid_responses: bool,
+        norm_momentum: float,
         loss: FocalAndDice,
         **segmenter: Any,
     ):
@@ -75,6 +82,8 @@ class ASDA(ReferringSegmenter):
             layerwise_text: compare the [CLS] of a layer with the sentence in the same layer of the
                 text encoder, as released, instead of with f_E.
             sigmoid_responses: response masks through a sigmoid (Eq. 7) instead of a ReLU.
+            norm_momentum: weight of the last batch in the running statistics of all norms but the
+                fusion's, which have PyTorch's usual one (released).
             segmenter: see ReferringSegmenter.
         """
         super().__init__(**segmenter)
@@ -86,16 +95,19 @@ class ASDA(ReferringSegmenter):
         self.layerwise_text = layerwise_text
         self.sigmoid_responses = sigmoid_responses
         self.loss = loss
-        # Convolutions make up most of the work, and are faster in this memory format.
-        for part in (projection, aggregator, decoder, coefficients):
-            if part is not None:
-                part.to(memory_format=torch.channels_last)
+        convolutional = (projection, aggregator, decoder, coefficients)
+        for part in (part for part in convolutional if part is not None):
+            # Convolutions make up most of the work, and are faster in this memory format.
+            part.to(memory_format=torch.channels_last)
+            for norm in part.modules():
+                if hasattr(norm, "momentum"):
+                    norm.momentum = norm_momentum
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         asda = cfg.MODEL.ASDA
         vision, text = backbone_class(cfg, RISCLIPViT)(cfg), build_text_encoder(cfg)
-        norm = Norm(name=asda.NORM, momentum=asda.NORM_MOMENTUM)
+        norm = asda.NORM
         _check(cfg, vision.depth, text.depth)
         levels = {"low": asda.SELECTION.LOW_LAYERS, "mid": asda.SELECTION.MID_LAYERS}
         dual = asda.ALIGNER == "dual"
@@ -134,6 +146,7 @@ class ASDA(ReferringSegmenter):
             **super().from_config(cfg),
             **parts,
             "sentence_dim": asda.DIM + text.dim,
+            **arguments(asda, "NORM_MOMENTUM"),
             "layerwise_text": asda.SELECTION.TEXT == "layer",
             "sigmoid_responses": asda.RESPONSES == "sigmoid",
             "loss": FocalAndDice(

@@ -1,39 +1,22 @@
 """The convolution block that all of ASDA is made of."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from detectron2.layers import get_norm
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True, kw_only=True)
-class Norm:
-    """Makes normalisation layers.
-
-    Attributes:
-        name: BN, SyncBN, nnSyncBN, GN, ... as in detectron2.
-        momentum: weight of the last batch in the running statistics; None = PyTorch's 0.1.
-    """
-
-    name: str
-    momentum: float | None = None
-
-    def __call__(self, channels: int) -> nn.Module:
-        norm = get_norm(self.name, channels)
-        if self.momentum is not None and hasattr(norm, "momentum"):
-            norm.momentum = self.momentum
-        return norm
-
-
 class ConvBlock(nn.Sequential):
     """Convolution without bias, norm, LeakyReLU(0.1); the size stays."""
 
-    def __init__(self, in_dim: int, out_dim: int, *, kernel: int, norm: Norm):
+    def __init__(self, in_dim: int, out_dim: int, *, kernel: int, norm: str):
+        """
+        Args:
+            norm: BN, SyncBN, nnSyncBN, GN, ... as in detectron2.
+        """
         super().__init__(
             nn.Conv2d(in_dim, out_dim, kernel, padding=kernel // 2, bias=False),
-            norm(out_dim),
+            get_norm(norm, out_dim),
             nn.LeakyReLU(0.1, inplace=True),
         )
 
@@ -41,7 +24,7 @@ class ConvBlock(nn.Sequential):
 class UpsamplingBlock(ConvBlock):
     """x2 by nearest neighbours, then a ``ConvBlock`` with a 3x3 kernel."""
 
-    def __init__(self, in_dim: int, out_dim: int, *, norm: Norm):
+    def __init__(self, in_dim: int, out_dim: int, *, norm: str):
         super().__init__(in_dim, out_dim, kernel=3, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:

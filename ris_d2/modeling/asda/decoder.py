@@ -3,13 +3,13 @@
 from torch import Tensor, nn
 
 from ..options import check_choice
-from .blocks import ConvBlock, Norm, UpsamplingBlock
+from .blocks import ConvBlock, UpsamplingBlock
 
 
 class SegmentationDecoder(nn.Module):
     """F_A to response masks at 8 times its resolution."""
 
-    def __init__(self, *, dim: int, num_masks: int, form: str, norm: Norm):
+    def __init__(self, *, dim: int, num_masks: int, form: str, norm: str):
         """
         Args:
             num_masks: N_c.

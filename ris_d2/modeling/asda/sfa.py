@@ -1,10 +1,11 @@
 """Fusion with the sentence and the Scale-wise Feature Aggregator (Eq. 4 and 5)."""
 
 import torch.nn.functional as F
+from detectron2.layers import get_norm
 from torch import Tensor, nn
 
 from .afs import Selected
-from .blocks import ConvBlock, Norm
+from .blocks import ConvBlock
 
 
 class GlobalFusion(nn.Module):
@@ -14,13 +15,11 @@ class GlobalFusion(nn.Module):
     Eq. 4 leaves out (768 and 512 do not match), and the product is normalised.
     """
 
-    def __init__(self, *, vision_dim: int, text_dim: int, norm: Norm):
+    def __init__(self, *, vision_dim: int, text_dim: int, norm: str):
         super().__init__()
-        # Released with PyTorch's usual momentum, unlike all other norms.
-        usual = Norm(name=norm.name)
         self.words = nn.Linear(text_dim, vision_dim)
-        self.words_norm = usual(vision_dim)
-        self.norm = usual(vision_dim)
+        self.words_norm = get_norm(norm, vision_dim)
+        self.norm = get_norm(norm, vision_dim)
 
     def forward(self, top: Tensor, sentence: Tensor, image_index: Tensor) -> Tensor:
         """
@@ -52,7 +51,7 @@ class ScaleWiseAggregator(nn.Module):
     back to the input's grid. The paper's form is ``DownscaleAggregator``.
     """
 
-    def __init__(self, *, vision_dim: int, dim: int, norm: Norm):
+    def __init__(self, *, vision_dim: int, dim: int, norm: str):
         super().__init__()
         half, quarter = vision_dim // 2, vision_dim // 4
         self.top = nn.Sequential(
@@ -65,7 +64,7 @@ class ScaleWiseAggregator(nn.Module):
             ConvBlock(dim, dim, kernel=3, norm=norm),
         )
         self.low = nn.Sequential(
-            *(nn.ConvTranspose2d(vision_dim, half, 2, 2), norm(half), nn.GELU()),
+            *(nn.ConvTranspose2d(vision_dim, half, 2, 2), get_norm(norm, half), nn.GELU()),
             nn.ConvTranspose2d(half, quarter, 2, 2),
             ConvBlock(quarter, dim, kernel=1, norm=norm),
             ConvBlock(dim, dim, kernel=3, norm=norm),

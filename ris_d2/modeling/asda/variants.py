@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..layers import MLP
 from ..options import check_choice
 from .afs import Selected
-from .blocks import ConvBlock, Norm
+from .blocks import ConvBlock
 from .sfa import ScaleWiseAggregator
 
 
@@ -45,7 +45,7 @@ class CandidateConv(nn.Module):
         return self.conv(scores.transpose(1, 2)).squeeze(1)
 
 
-def build_aggregator(name: str, *, vision_dim: int, dim: int, norm: Norm) -> nn.Module:
+def build_aggregator(name: str, *, vision_dim: int, dim: int, norm: str) -> nn.Module:
     """Build what MODEL.ASDA.AGGREGATOR names.
 
     Raises:
@@ -84,7 +84,7 @@ class DownscaleAggregator(nn.Module):
 class ConcatAggregator(nn.Module):
     """Concatenation and projection on one scale, after CRIS (Table 2 b and c)."""
 
-    def __init__(self, *, vision_dim: int, dim: int, norm: Norm):
+    def __init__(self, *, vision_dim: int, dim: int, norm: str):
         super().__init__()
         self.mid = ConvBlock(vision_dim, vision_dim, kernel=1, norm=norm)
         self.mid_out = ConvBlock(2 * vision_dim, vision_dim, kernel=1, norm=norm)
@@ -101,7 +101,7 @@ class ConcatAggregator(nn.Module):
 class TopOnly(nn.Module):
     """F_G alone (Table 2 a)."""
 
-    def __init__(self, *, vision_dim: int, dim: int, norm: Norm):
+    def __init__(self, *, vision_dim: int, dim: int, norm: str):
         super().__init__()
         self.project = ConvBlock(vision_dim, dim, kernel=1, norm=norm)
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import ConvBlock, Norm
+from .blocks import ConvBlock
 
 
 class CoefficientGenerator(nn.Module):
@@ -15,7 +15,7 @@ class CoefficientGenerator(nn.Module):
     """
 
     def __init__(
-        self, *, dim: int, num_masks: int, grid: tuple[int, int], last_kernel: int, norm: Norm
+        self, *, dim: int, num_masks: int, grid: tuple[int, int], last_kernel: int, norm: str
     ):
         """
         Args:

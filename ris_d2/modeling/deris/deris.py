@@ -24,6 +24,10 @@ _NOWHERE = -100.0  # logit of a mask without a pixel
 class DeRIS(ReferringSegmenter):
     """Fig. 2: perception (Swin, pixel decoder, queries) and cognition (BEiT-3, scores) in loopback.
 
+    - ``perception``: levels and f_h4 of the image, N queries, f_m = Conv(Concat(f_h4, f_v)), masks.
+    - ``cognition``: f_v and words of the small view and the sentence, a score for each query.
+    - ``segment`` is the loop of N_r + 1 rounds between the two.
+
     Swin and pixel decoder run once per image; BEiT-3, whose first layer lets image and sentence
     meet, and the rounds run once per expression.
     """

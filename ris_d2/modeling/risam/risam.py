@@ -23,6 +23,11 @@ from .variants import SAMMaskDecoder, build_decoder, build_feature_enhancement, 
 class RISAM(ReferringSegmenter):
     """Fig. 3: encoders -> Feature Enhancement -> Mutual-Aware Attention -> Mask Decoder.
 
+    - ``backbone``, ``text``: F_v1, F_v2, F_v3 of the image, F_l of the words.
+    - ``enhancement``: F_v of the three (Eq. 1, 2).
+    - ``fusion``: S and A of regions and words, F_lav and F_val (Eq. 3 to 5).
+    - ``decoder``: pixels, and F_c = [F_m, F_val] (Eq. 6 to 9); the mask is pixels times F_m.
+
     The encoders are frozen (MODEL.RIS.FREEZE). Image encoder and Feature Enhancement see no
     sentence and run once per image.
     """

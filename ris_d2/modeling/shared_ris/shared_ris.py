@@ -20,6 +20,11 @@ from .variants import CRISFPN, LastLayer, PixelWordFPN
 class SharedRIS(ReferringSegmenter):
     """Fig. 3: shared encoder (BEiT-3) -> shared FPN -> shared mask decoder.
 
+    - ``encoder``: image and words through the same layers; h_j of layer j (Eq. 1 to 5).
+    - ``fpn``: z_j of some h_j (Eq. 6), and z of all z_j (Eq. 7), d_w channels.
+    - ``decoder``: F_0 and t_cls of z (Eq. 8, 9), F_0 enlarged (Eq. 10), its pixels times t_cls
+      (Eq. 11).
+
     Image and sentence meet in the first layer, so only the patch embedding is per image.
     """
 
@@ -67,9 +72,7 @@ class SharedRIS(ReferringSegmenter):
                 **arguments(shared, "DIM", "NUM_HEADS", "NORM"),
             ),
             "loss": FocalAndDice(
-                focal_name="loss_bce",
-                focal_weight=shared.BCE_WEIGHT,
-                dice_weight=shared.DICE_WEIGHT,
+                focal_name="loss_bce", **arguments(shared, "DICE_WEIGHT", focal_weight="BCE_WEIGHT")
             ),
         }
 

@@ -119,9 +119,8 @@ class RISBert(BertStack):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        bert = cfg.MODEL.RIS.TEXT.BERT
-        same = arguments(bert, "VOCAB_SIZE", "DEPTH", "NUM_HEADS", "DROPOUT", "INIT")
-        return {"dim": bert.EMBED_DIM, **same}
+        same = ("VOCAB_SIZE", "DEPTH", "NUM_HEADS", "DROPOUT", "INIT")
+        return arguments(cfg.MODEL.RIS.TEXT.BERT, *same, dim="EMBED_DIM")
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """int64 (E, L) -> words plus positions, normalised (E, L, dim)."""

@@ -69,8 +69,7 @@ class RISCLIPText(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        own = arguments(cfg.MODEL.RIS.TEXT.CLIP)
-        return {**own, "num_positions": cfg.INPUT.RIS.MAX_TOKENS}
+        return {"num_positions": cfg.INPUT.RIS.MAX_TOKENS, **arguments(cfg.MODEL.RIS.TEXT.CLIP)}
 
     def forward(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
         """int64 (E, L), bool (E, L) -> (E, L, dim): the last hidden states, normalised."""

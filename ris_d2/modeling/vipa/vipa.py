@@ -21,7 +21,13 @@ _RELEVANCE_LOSSES = ("contrastive", "threshold", "none")
 
 @META_ARCH_REGISTRY.register()
 class VIPA(ReferringSegmenter):
-    """Fig. 2: vision and language encoders -> visual expression generator -> decoder."""
+    """Fig. 2: vision and language encoders -> visual expression generator -> decoder.
+
+    - ``encoder``: Swin and BERT read each other at every stage; maps F_1 ... F_4, and words.
+    - ``generator``: phi^V and phi^L, cosines S_c (Eq. 1), retrieval M of N_p = r N tokens for each
+      word (Eq. 2, 3), F_a (Eq. 5), F_r (Eq. 6), and the visual expression (Eq. 7).
+    - ``decoder``: pixels attend the expression (Eq. 8) from stride 32 to 4.
+    """
 
     trims_text = True
 
