@@ -270,8 +270,8 @@ def ground_truth(unit: dict, sample: str) -> tuple[list[np.ndarray], np.ndarray]
                 f"{unknown.pop()} is not among the image's annotations"
             )
         if key not in truths:
-            nothing = np.zeros((unit["height"], unit["width"]), bool)
-            truth = union([*map(decode, key)]) if key else nothing
+            parts = [*map(decode, key)] or [np.zeros((unit["height"], unit["width"]), bool)]
+            truth = parts[0] if len(parts) == 1 else union(parts)
             # Decoded masks are column-major; combining them with row-major predictions is slow.
             truths[key] = np.ascontiguousarray(truth)
         which.append(list(truths).index(key))
