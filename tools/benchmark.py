@@ -221,6 +221,7 @@ def measure_models(columns: Sequence[Column], args: argparse.Namespace) -> list[
         key = column.config_file, column.model, column.device
         if key not in models:
             models[key] = build(column, args)
+            models[key][0].compiles = False  # until its runner says so
         runners.append(_Runner(column, *models[key], clock))
     figures: list[Figures] = []
     for runner in runners:
@@ -237,7 +238,10 @@ def _latencies(
 ) -> list[dict[str, float]]:
     """Of one image with ``count`` sentences, a dict per runner."""
     inputs = [[model_input(runner.cfg, count)] for runner in runners]
-    macs = [count_macs(r.model, x[0])["Global"] for r, x in zip(runners, inputs, strict=True)]
+    macs = []
+    for runner, (unit,) in zip(runners, inputs, strict=True):
+        runner.model.compiles = False  # in a compiled graph nothing can be counted
+        macs.append(count_macs(runner.model, unit)["Global"])
     calls = {i: lambda r=r, x=x: r(x) for i, (r, x) in enumerate(zip(runners, inputs))}
     products = {(r.model.device, r.runs_in): r.product() for r in runners}
     for runner in runners:

@@ -97,6 +97,30 @@ def test_auto_says_what_it_became_and_modes_are_columns(benchmark, tiny_config):
     assert figures["runs_in"] == "fp32", "as small as it is"
 
 
+def test_encode_and_answer_are_told_apart_when_compiled(benchmark, tiny_config, monkeypatch):
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    from ris_d2.modeling import segmenter
+
+    ran = []
+
+    def compiled(function):
+        def call(*arguments):
+            assert _get_current_dispatch_mode() is None, "torch.compile refuses what counts"
+            ran.append(function.__name__)
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(segmenter, "_compiled", compiled)
+    args = _args(benchmark, tiny_config, "--modes", "eager", "compiled", "--sentences", "1", "2")
+    eager, compiles = _measure(benchmark, "model", args)
+    assert len(ran) == 2 * 2 * (compiles["calls_1"] + 3), "two methods of one column's calls, twice"
+    assert set(ran) == {"encode_images", "run_segment"}
+    for figures in (eager, compiles):
+        assert 0 < figures["encode_ms_2"] < figures["p50_ms_2"]
+
+
 def test_precisions_that_a_device_does_not_have_are_one_line(benchmark, tiny_config):
     args = _args(benchmark, tiny_config, "--precisions", "tf32")
     with pytest.raises(ValueError, match="tf32 is of GPUs, and a device is cpu"):
