@@ -181,8 +181,9 @@ class EarlyStop(HookBase):
         best = comm.all_gather(self._best and self._best.iteration)[0]
         if steps_done - best >= self._patience * self._period:
             logger.info(
-                f"Training ends after {steps_done} iterations: nothing was better than model_best.pth "
-                f"of iteration {best} for {self._patience} evaluations (SOLVER.RIS.PATIENCE)"
+                f"Training ends after {steps_done} iterations: nothing was better than "
+                f"model_best.pth of iteration {best} for {self._patience} evaluations "
+                "(SOLVER.RIS.PATIENCE)"
             )
             raise TrainingEnded
 
