@@ -109,9 +109,8 @@ def saved_for_backward_mb(model: nn.Module, inputs: list[dict]) -> float:
 
 def set_tf32(on: bool) -> None:
     """Whether a GPU rounds the operands of fp32 products and convolutions to 10 bits."""
-    precision = "tf32" if on else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.conv.fp32_precision = precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if on else "ieee"
+    torch.backends.cudnn.allow_tf32 = on
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:

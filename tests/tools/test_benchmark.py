@@ -23,6 +23,7 @@ def benchmark(load_tool):
     torch_threads = torch.get_num_threads()
     yield load_tool("benchmark")
     torch.set_num_threads(torch_threads)
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
 
 
 def _args(benchmark, tiny_config, *more):
@@ -321,3 +322,21 @@ def test_table_has_a_column_each_and_ratios_to_the_first(benchmark):
     assert ["train", "runs_per_image", "stem", "stem"] in lines
     assert ["train", "frozen_mb", "0", "0"] in lines, "no ratio to nothing"
     assert ["train", "more"] in lines
+
+
+def test_columns_are_timed_on_a_device_that_is_pretended(benchmark, tiny_config, monkeypatch):
+    sys.path.append(str(REPOSITORY / "tests"))
+    import pretended_device as pretended
+
+    args = _args(benchmark, tiny_config, "--sentences", "2", "--precisions", "fp32")
+    (column,) = benchmark.columns_of(args)
+    model, cfg = benchmark.build(column, args)
+    runner = benchmark._Runner(column, model, cfg, benchmark.time.perf_counter)
+    inputs = [benchmark.model_input(cfg, 2)]
+    pretended.to_device(model)
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    with pretended.pretended_device() as log:
+        runner(inputs)
+    assert waited == [torch.device("cuda", 0)] * 2, "after encoding, and after the answer"
+    assert log.waits.total() == 1, "and not in between, but for the results"

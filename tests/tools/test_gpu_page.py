@@ -17,6 +17,7 @@ def gpu_page(load_tool, monkeypatch):
     threads = torch.get_num_threads()
     yield module
     torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = True  # PyTorch's default
 
 
 def test_a_page_of_one_method(gpu_page, tiny_config, tmp_path):
