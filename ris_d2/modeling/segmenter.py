@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -365,8 +366,9 @@ class ReferringSegmenter(nn.Module):
         text = self._collate_text(batched_inputs)
         results: list[dict] = []
         owners = [(x, e) for x in batched_inputs for e in x["expressions"]]
-        for start in range(0, len(owners), self.max_expressions):
-            part = slice(start, start + self.max_expressions)
+        size = self._slice_size(len(owners))
+        for start in range(0, len(owners), size):
+            part = slice(start, start + size)
             with self._autocast():
                 outputs = self._run("run_segment", features, *(x[part] for x in text))
             results.extend(self._results(outputs, owners[part]))
@@ -376,6 +378,15 @@ class ReferringSegmenter(nn.Module):
             result.update(score=score, no_target=bool(no_target))
         remaining = iter(results)
         return [{"referring": [next(remaining) for _ in x["expressions"]]} for x in batched_inputs]
+
+    def _slice_size(self, count: int) -> int:
+        """How many of ``count`` expressions are answered at a time."""
+        if not self.compiles or self.device.type != "cpu":
+            return self.max_expressions
+        # torch asks whether a CPU's convolution has 16 images, and so another graph would be made. Equal
+        # slices, for one of a single expression has another graph, too.
+        slices = math.ceil(count / min(self.max_expressions, 15))
+        return math.ceil(count / slices)
 
     def _run(self, method: str, *arguments: Any) -> Any:
         """Call a method of this object, compiled if MODEL.RIS.COMPILE says so."""

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Instances
 from torch._dynamo.utils import counters
 
 from ris_d2 import load_config
 from ris_d2.modeling import segmenter
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+METHODS = ("asda", "deris", "risam", "shared_ris", "vipa")
 
 
 @pytest.fixture
@@ -37,6 +39,8 @@ def build(method):
         (height, width), length = cfg.INPUT.RIS.SIZE, cfg.INPUT.RIS.MAX_TOKENS
         generator = torch.Generator().manual_seed(count)
         mask = torch.arange(length) < torch.randint(3, 9, (count, 1), generator=generator)
+        masks = torch.zeros(2, height, width, dtype=torch.bool)
+        masks[0, 5:20, 5:20] = masks[1, 30:, 30:] = True
         pixels = {name: (3, *size) for name, *size in cfg.INPUT.RIS.VIEWS}
         return {
             "image": torch.randint(0, 256, (3, height, width), generator=generator),
@@ -45,19 +49,20 @@ def build(method):
             "text_mask": mask,
             **{"content_box": (0, 0, width, height), "height": 50, "width": 70},
             "expressions": [{"expression_id": i} for i in range(count)],
+            "instances": Instances((height, width), gt_masks=BitMasks(masks)),
+            "targets": torch.tensor([[True, False]] * count),
         }
 
     return model, make_unit
 
 
-@pytest.mark.parametrize("method", ["asda", "deris", "risam", "shared_ris", "vipa"])
-def test_1_to_15_sentences_take_one_recompilation_and_no_break(method, captured):
+@pytest.mark.parametrize("method", METHODS)
+def test_1_to_16_sentences_take_one_recompilation_and_no_break(method, captured):
     model, make_unit = build(method)
     model.eval()
     model([make_unit(2)])  # the first call is not compiled
     graphs = []
-    # On CPUs torch has another kernel for 1x1 convolutions of 16 and more images, and so another graph.
-    for count in (3, 7, 15, 1, 2):
+    for count in (3, 7, 15, 16, 33, 1, 2):
         results = model([make_unit(count)])[0]["referring"]
         graphs.append(captured())
         model.compiles = False
@@ -67,7 +72,27 @@ def test_1_to_15_sentences_take_one_recompilation_and_no_break(method, captured)
             assert torch.equal(ours["mask"], eager["mask"])
             assert ours["score"] == pytest.approx(eager["score"], abs=1e-5)
     # encode_images and segment; segment once more for a single sentence, whose graph is another.
-    assert graphs == [2, 2, 2, 3, 3] and not counters["graph_break"]
+    assert graphs == [2, 2, 2, 2, 2, 3, 3] and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_takes_one_graph_each_and_gives_the_same_losses_and_gradients(method, captured):
+    model, make_unit = build(method)
+    model.train()
+    results = {}
+    for step, counts in enumerate([(2, 1), (2, 3), (5, 6)]):
+        for model.compiles in (False, True) if step else (True,):
+            torch.manual_seed(step)
+            losses = model([make_unit(count) for count in counts])
+            model.zero_grad()
+            sum(losses.values()).backward()
+            grads = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+            results[model.compiles] = {**losses, "gradient": torch.stack(grads).norm()}
+        for name, value in results[True].items():
+            torch.testing.assert_close(
+                value, results.get(False, results[True])[name], rtol=1e-3, atol=1e-4
+            )
+    assert captured() == 2 and not counters["graph_break"]
 
 
 def test_a_copy_computes_with_its_own_weights_and_gradients_pass(captured):

@@ -1,6 +1,5 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021); nothing to compile."""
 
-import functools
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -183,7 +182,6 @@ def _by_triton(
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _has_triton() -> bool:
     # The simulated GPU of the tests has tensors, too.
     is_there = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
