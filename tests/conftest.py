@@ -1,4 +1,4 @@
-"""Small dataset files in the published formats, for every test that reads some."""
+"""Small dataset files in the published formats, for every test that reads some; the suite's device."""
 
 import copy
 import json
@@ -11,6 +11,26 @@ import pytest
 
 # As Python has it for a script's own folder: programs are run from their files.
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tests marked on_device run: cpu, cuda")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "on_device: runs on --device")
+    config.addinivalue_line("markers", "cpu_only: whatever --device says")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker("on_device" if "device" in item.fixturenames else "cpu_only")
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig):
+    return pytestconfig.getoption("--device")
+
 
 SIZE = {"height": 40, "width": 60}
 SQUARE = [[10, 10, 20, 10, 20, 20, 10, 20]]
