@@ -1,7 +1,7 @@
 # From nothing but Python 3.10+ and pip:
 #   make quickstart   generate RefShapes, train the tiny Shared-RIS on it, evaluate, draw predictions
 #   make test         run the test suite
-#   make overfit      train every small model until it knows 16 sentences by heart (about 4 minutes)
+#   make overfit      train every small model until it knows 16 sentences by heart (some minutes)
 #   make gpu          on a machine with an NVIDIA GPU: tests, speed, memory, training -> docs/gpu.md
 # All first make $(VENV) with everything in it (about 3 GB to download), once.
 # make PYTHON=python3.12 quickstart chooses the interpreter; VENV=dir puts it elsewhere.

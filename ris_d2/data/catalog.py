@@ -236,7 +236,9 @@ def register_from_config(cfg: CfgNode) -> None:
     """
     for entry in cfg.DATASETS.RIS_JSON:
         if [*map(type, entry)] != [str] * 3:
-            raise ValueError(f"DATASETS.RIS_JSON: {entry!r} has not the three: [name, json file, image folder]")
+            raise ValueError(
+                f"DATASETS.RIS_JSON: {entry!r} has not the three: [name, json file, image folder]"
+            )
         name, json_file, image_root = entry
         register_ris_json(name, _found(json_file), _found(image_root))
 
