@@ -139,12 +139,10 @@ class Page:
         lines = ["# On a GPU", "", f"Written by `make gpu`. {facts}.", ""]
         lines += [f"Suite: {self.suite}.", ""] if self.suite else []
         lines += [
-            "Milliseconds; 8: eight sentences on one image; share: of the device's own matrix",
+            "Milliseconds; 8: eight sentences on one image; share: of the device's own matrix rate with "
+            "eight; memory in MiB, of training above weights, gradients and optimizer.",
             "",
         ]
-        lines[
-            -2
-        ] += " rate with eight; memory in MiB, of training above weights, gradients and optimizer."
         lines += _markdown(SPEED, self.speed) + [""]
         lines += _markdown(AGREEMENT, self.agreement) + [""]
         lines += ["Failed:", "", *(f"- {x}" for x in self.failed), ""] if self.failed else []
