@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ris_d2.modeling.precision import has_fast_bf16
+
 MOMENTUM = 0.95
 # Quintic Newton-Schulz iteration that takes singular values of 0..1 to about 1 in five rounds.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -95,12 +97,18 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """The nearest matrices with singular values of about 1 (0.7 to 1.2): (K, m, n) -> (K, m, n)."""
+    """The nearest matrices with singular values of about 1 (0.7 to 1.2): (K, m, n) -> (K, m, n).
+
+    Iterates in bf16 where that is fast (4 to 6 times as fast on a CPU with AVX512-BF16), as
+    torch.optim.Muon always does: 1 % of a matrix' length.
+    """
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    if has_fast_bf16(x.device):
+        x = x.bfloat16()
     a, b, c = _COEFFICIENTS
     for _ in range(_ROUNDS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x.mT if is_tall else x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if is_tall else x).to(matrices.dtype)
