@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..io import dataset_root, without_collecting
 from .classes import GROUPS, select_classes
 from .grefer import load_grefer
+from .listening import with_other_sentences
 from .phrasecut import load_phrasecut
 from .records import Skipped, forget_files
 from .refclef import load_refclef
@@ -27,9 +28,10 @@ logger = logging.getLogger(__name__)
 class Dataset:
     """One dataset with one division into splits, and where its files lie under the root.
 
-    Its splits are registered as ``<name>_<split>``; all but train are for evaluation. With
-    ``by_class`` (one target of a known class per expression) so are ``train_seen`` and, for each
-    other split, ``<split>_seen``, ``<split>_unseen``, and ``<split>_open`` with both.
+    Its splits are registered as ``<name>_<split>``; all but train are for evaluation, and of these
+    so is ``<split>_other``, in which each sentence is another one's. With ``by_class`` (one target
+    of a known class per expression) so are ``train_seen`` and, for each other split,
+    ``<split>_seen``, ``<split>_unseen``, and ``<split>_open`` with both.
     """
 
     name: str
@@ -46,11 +48,11 @@ class Dataset:
         """The annotation files of ``split`` under ``root``."""
         return [os.path.join(root, file.format(split=split)) for file in self.files]
 
-    def class_splits(self) -> tuple[str, ...]:
-        """The names of the splits by object class; the first split is train."""
-        kinds = (*GROUPS, "open")
+    def derived_splits(self) -> tuple[str, ...]:
+        """The names of the splits that are made from others; the first split is train."""
+        kinds = ("other", *GROUPS, "open") if self.by_class else ("other",)
         evaluation = [f"{split}_{kind}" for split in self.splits[1:] for kind in kinds]
-        return ("train_seen", *evaluation) if self.by_class else ()
+        return ("train_seen", *evaluation) if self.by_class else tuple(evaluation)
 
     @without_collecting()
     def load(self, root: str, split: str, *, skipped: Skipped | None = None) -> list[dict]:
@@ -65,6 +67,8 @@ class Dataset:
         records = self.reader(*paths, image_root, whole, source=self.source, skipped=skipped)
         if not kind:
             return records
+        if kind == "other":
+            return with_other_sentences(records)
         groups = GROUPS if kind == "open" else (kind,)
         return select_classes(records, groups, instances_path=paths[1], name=f"{self.name}_{whole}")
 
@@ -152,7 +156,7 @@ MIXTURES: dict[str, tuple[str, ...]] = {
 _SPLITS = {
     f"{dataset.name}_{split}": (dataset, split)
     for dataset in DATASETS
-    for split in dataset.splits + dataset.class_splits()
+    for split in dataset.splits + dataset.derived_splits()
 }
 # Another name, as ReLA has it.
 _SPLITS |= {

@@ -51,7 +51,10 @@ def test_every_dataset_is_registered_under_relas_name():
         names += [f"ris_grefshapes{version}_{split}" for split in (*splits, "heldout")]
     assert set(names) <= set(DatasetCatalog.list())
     registered = {name for name in DatasetCatalog.list() if name.startswith("ris_")}
-    others = registered - set(names) - {"ris_refcoco_mixed_train"}
+    evaluated = {name for name in names if not name.endswith(("_train", "_train_full"))}
+    exchanged = {f"{name}_other" for name in evaluated}
+    assert exchanged <= registered
+    others = registered - set(names) - exchanged - {"ris_refcoco_mixed_train"}
     # By object class, for the families with one target of a known class per expression.
     assert others == {
         f"ris_{family}_{split}_{kind}"
