@@ -72,11 +72,12 @@ def test_what_the_small_model_knows(tmp_path):
 
 
 @pytest.mark.parametrize("study", sorted((ROOT / "configs/studies").glob("*.yaml")), ids=str)
-def test_a_study_that_has_a_page_says_there_what_to_know_of_it(study):
+def test_a_study_that_has_a_page_says_there_what_was_found_and_what_to_know(study):
     page = ROOT / "docs/studies" / f"{study.stem}.md"
-    note = yaml.safe_load(study.read_text()).get("note")
-    if note and page.exists():
-        assert " ".join(note.split()) in page.read_text()
+    content = yaml.safe_load(study.read_text())
+    for text in (content.get("found"), content.get("note")):
+        if text and page.exists():
+            assert " ".join(text.split()) in page.read_text()
 
 
 def find(*words):

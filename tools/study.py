@@ -12,10 +12,13 @@ cluster, make each run a job of its own: --only CELL --seed N.
 A study file has
 
     title, question     what it is called and what it asks, in one sentence
+    found               optional: what the runs have shown; the page begins with it
     note                optional: what a reader of the numbers must know
     config              a recipe, relative to the study file (a cell may name another one)
     options             optional {KEY: value} of all cells, for instance SOLVER.MAX_ITER
     cells               {name: {KEY: value, ...}}; the key "config" names the cell's own recipe
+    pretrain            optional: the cell that comes before all others, with the first seed alone;
+                        what they say may name its final checkpoint: PRETRAINED
     seeds               list of SEED
     refshapes           optional {images: {split: number}, OPTION: value}: the data, written to
                         OUTPUT/datasets (OPTION as in datasets/make_refshapes.py); without it the
@@ -93,7 +96,9 @@ class Study:
     seeds: list[int]
     datasets: dict[str, str]
     metrics: list[str]
+    found: str = ""
     note: str = ""
+    pretrain: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     refshapes: dict[str, Any] = field(default_factory=dict)
     groups: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -121,7 +126,8 @@ def load_study(path: str) -> Study:
             raise ValueError(f"seeds must be integers >= 0, they are {study.seeds}")
         for metric in study.metrics:
             _check_known("metric", metric, [*summarize(np.zeros(0, ROW)), "oracle_mIoU"])
-        for cell in (cell for rows in study.groups.values() for cell in rows.values()):
+        named = [cell for rows in study.groups.values() for cell in rows.values()]
+        for cell in [*named, *([study.pretrain] if study.pretrain else [])]:
             _check_known("cell", cell, study.cells)
         if study.refshapes:
             _scenes(study)
@@ -141,12 +147,16 @@ def _check_known(what: str, name: Any, known: Iterable[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Run(Training):
-    """One cell with one seed; ``cfg`` is the configuration that its command line gives."""
+    """One cell with one seed; ``cfg`` is the configuration that its command line gives.
+
+    ``pretraining`` is the run that comes before it.
+    """
 
     cell: str
     seed: int
     cfg: CfgNode
     modules: Sequence[str]
+    pretraining: "Run | None"
 
     @property
     def state(self) -> str:
@@ -154,10 +164,13 @@ class Run(Training):
         path = os.path.join(self.folder, "config.yaml")
         if not os.path.exists(path):
             return "not started"
+        if self.pretraining and self.pretraining.state == OTHER_SETTINGS:
+            return OTHER_SETTINGS
         try:
             then, now = load_config(path, modules=self.modules), self.cfg.clone()
             for cfg in (then, now):  # the same run in another folder, or on another machine
                 cfg.OUTPUT_DIR = cfg.MODEL.DEVICE = ""
+                cfg.MODEL.INIT = [[part, os.path.basename(file)] for part, file in cfg.MODEL.INIT]
             if json.dumps(then, sort_keys=True) != json.dumps(now, sort_keys=True):
                 return OTHER_SETTINGS
         except ValueError:  # a key that is no more
@@ -196,38 +209,56 @@ class Run(Training):
 
 def load_runs(study: Study, output: str, modules: Sequence[str] = ()) -> list[Run]:
     """The runs of a study, the first seed of every cell first; raises as ``load_config``."""
-    runs = []
-    for seed, (cell, own) in itertools.product(study.seeds, study.cells.items()):
-        with reading(study.path, f"cell {cell}"):
-            if not re.fullmatch(r"[\w-][\w.-]*", cell):
-                raise ValueError("letters, digits and _ . - only, it names a directory")
-            settings = {"TEST.EVAL_PERIOD": 0, **study.options, **own}
-            config = os.path.join(os.path.dirname(study.path), settings.pop("config", study.config))
-            for key in settings.keys() & RESERVED:
-                raise ValueError(f"{key} cannot be set here; it is said by {RESERVED[key]}")
-            folder = os.path.join(output, "runs", cell, f"seed{seed}")
-            settings |= {"SEED": seed, "DATASETS.TEST": [*study.datasets.values()]}
-            settings["OUTPUT_DIR"] = folder
-            options = [str(word) for pair in settings.items() for word in pair]
-            cfg = load_config(config, options, modules=modules)
-            for name in study.datasets.values():
-                _check_known("dataset", name, [n for n in DatasetCatalog.list() if "ris_" in n])
-        command = [sys.executable, os.path.join(REPOSITORY, "train_net.py"), "--resume"]
-        command += [word for module in modules for word in ("--import", module)]
-        data = {"DETECTRON2_DATASETS": os.path.join(output, "datasets")}
-        run = Run(
-            name=f"{cell}, seed {seed}",
-            command=[*command, "--config-file", config, *options],
-            folder=folder,
-            max_iter=cfg.SOLVER.MAX_ITER,
-            environment=data if study.refshapes else {},
-            cell=cell,
-            seed=seed,
-            cfg=cfg,
-            modules=modules,
-        )
-        runs.append(run)
+    runs, first = [], None
+    if study.pretrain:
+        first = _load_run(study, output, study.pretrain, study.seeds[0], modules)
+        runs.append(first)
+    for seed, cell in itertools.product(study.seeds, study.cells):
+        if cell != study.pretrain:
+            runs.append(_load_run(study, output, cell, seed, modules, first))
     return runs
+
+
+def _load_run(
+    study: Study,
+    output: str,
+    cell: str,
+    seed: int,
+    modules: Sequence[str],
+    pretraining: Run | None = None,
+) -> Run:
+    with reading(study.path, f"cell {cell}"):
+        if not re.fullmatch(r"[\w-][\w.-]*", cell):
+            raise ValueError("letters, digits and _ . - only, it names a directory")
+        settings = {"TEST.EVAL_PERIOD": 0, **study.options, **study.cells[cell]}
+        config = os.path.join(os.path.dirname(study.path), settings.pop("config", study.config))
+        for key in settings.keys() & RESERVED:
+            raise ValueError(f"{key} cannot be set here; it is said by {RESERVED[key]}")
+        folder = os.path.join(output, "runs", cell, f"seed{seed}")
+        settings |= {"SEED": seed, "DATASETS.TEST": [*study.datasets.values()]}
+        options = [str(word) for pair in settings.items() for word in pair]
+        if pretraining:
+            checkpoint = os.path.join(pretraining.folder, "model_final.pth")
+            options = [word.replace("PRETRAINED", checkpoint) for word in options]
+        options += ["OUTPUT_DIR", folder]
+        cfg = load_config(config, options, modules=modules)
+        for name in study.datasets.values():
+            _check_known("dataset", name, [n for n in DatasetCatalog.list() if "ris_" in n])
+    command = [sys.executable, os.path.join(REPOSITORY, "train_net.py"), "--resume"]
+    command += [word for module in modules for word in ("--import", module)]
+    data = {"DETECTRON2_DATASETS": os.path.join(output, "datasets")}
+    return Run(
+        name=f"{cell}, seed {seed}",
+        command=[*command, "--config-file", config, *options],
+        folder=folder,
+        max_iter=cfg.SOLVER.MAX_ITER,
+        environment=data if study.refshapes else {},
+        cell=cell,
+        seed=seed,
+        cfg=cfg,
+        modules=modules,
+        pretraining=pretraining,
+    )
 
 
 def report(study: Study, runs: Sequence[Run], command: str) -> str:
@@ -244,9 +275,12 @@ def report(study: Study, runs: Sequence[Run], command: str) -> str:
     machines = sorted({record["machine"] for record in finished.values()})
     several = " Mean over the finished seeds; in brackets the lowest and the highest."
     groups = study.groups or {study.title: {cell: cell for cell in study.cells}}
-    tables = [f"## {title}\n\n{_table(study, rows, finished)}" for title, rows in groups.items()]
+    tables = [
+        f"## {title}\n\n{_table(study, rows, runs, finished)}" for title, rows in groups.items()
+    ]
     parts = [
         f"# {study.title}",
+        study.found,
         study.question,
         f"{len(finished)} of {len(runs)} runs finished.{several * (len(study.seeds) > 1)} Metrics in "
         "percent; s/iteration is the median of the training, evaluation apart.",
@@ -261,11 +295,14 @@ def report(study: Study, runs: Sequence[Run], command: str) -> str:
     return "\n\n".join(str(part) for part in parts if part) + "\n"
 
 
-def _table(study: Study, rows: Mapping[str, str], finished: Mapping[Run, dict]) -> str:
+def _table(
+    study: Study, rows: Mapping[str, str], runs: Sequence[Run], finished: Mapping[Run, dict]
+) -> str:
     lines = []
     for label, cell in rows.items():
         records = [record for run, record in finished.items() if run.cell == cell]
-        line = {"": label, "runs": f"{len(records)} of {len(study.seeds)}"}
+        wanted = sum(run.cell == cell for run in runs)
+        line = {"": label, "runs": f"{len(records)} of {wanted}"}
         for (dataset, name), metric in itertools.product(study.datasets.items(), study.metrics):
             values = [record["metrics"][name].get(metric) for record in records]
             line[f"{dataset} {metric}"] = _mean(values)
@@ -320,28 +357,38 @@ def _execute(
     study: Study, runs: Sequence[Run], args: argparse.Namespace, write_page: Callable[[], None]
 ) -> list[str]:
     """Train what is not finished; return the names of the runs that failed."""
-    failed = []
     # Chosen runs may be trained beside others of the study: each claims its own folder.
     chosen = args.only or args.seed
     with contextlib.nullcontext() if chosen else claim(args.output):
-        if study.refshapes:
-            root = os.path.join(args.output, "datasets", "refshapes")
-            print(f"RefShapes in {root}", flush=True)
-            with claim(os.path.dirname(root), patience=3600):
+        # What all need is made by one process, for which the others wait.
+        with claim(os.path.join(args.output, "datasets"), patience=3600):
+            if study.refshapes:
+                root = os.path.join(args.output, "datasets", "refshapes")
+                print(f"RefShapes in {root}", flush=True)
                 refshapes.write(root, *_scenes(study))
+            first = [run for run in runs if run.cell == study.pretrain]
+            if first and first[0].state == OTHER_SETTINGS:  # what was made from it is void
+                shutil.rmtree(os.path.join(args.output, "runs"))
+            failed = _train(first, 1, write_page)
         wanted = [run for run in runs if run.cell in (args.only or study.cells)]
         wanted = [run for run in wanted if run.seed in (args.seed or study.seeds)]
-        with contextlib.closing(follow(_unfinished(wanted), at_once=args.jobs)) as ended:
-            for run, status in ended:
-                try:
-                    if status:
-                        raise ValueError(why_failed(run, status))
-                    run.finish()
-                except (ValueError, OSError, KeyError) as error:  # the others go on
-                    print(f"      {error}", flush=True)
-                    failed.append(run.name)
-                print(f"      {run.name}: {run.state}", flush=True)
-                write_page()
+        wanted = [run for run in wanted if run not in first and not failed]
+        return failed + _train(wanted, args.jobs, write_page)
+
+
+def _train(runs: Sequence[Run], at_once: int, write_page: Callable[[], None]) -> list[str]:
+    failed = []
+    with contextlib.closing(follow(_unfinished(runs), at_once=at_once)) as ended:
+        for run, status in ended:
+            try:
+                if status:
+                    raise ValueError(why_failed(run, status))
+                run.finish()
+            except (ValueError, OSError, KeyError) as error:  # the others go on
+                print(f"      {error}", flush=True)
+                failed.append(run.name)
+            print(f"      {run.name}: {run.state}", flush=True)
+            write_page()
     return failed
 
 

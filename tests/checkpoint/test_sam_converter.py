@@ -229,3 +229,20 @@ def test_sam_decoder_starts_from_sams(tiny_files, tmp_path, sam):
     assert filled.keys() == expected
     tokens = model.decoder.mask_decoder.mask_tokens.weight
     assert torch.equal(tokens, sam.mask_decoder.mask_tokens.weight)
+
+
+def test_a_trained_risam_gives_its_encoders_to_another_head(tiny_files, tmp_path):
+    cfg = tiny_files
+    trained = build(cfg, 0)
+    RISCheckpointer(trained, str(tmp_path)).save("trained")
+    path = str(tmp_path / "trained.pth")
+    cfg.MODEL.RISAM.FUSION = "te"
+    model, same = build(cfg, 1), build(cfg, 1)
+    filled = load_init(model, [["risam", path]])
+    weights, random = trained.state_dict(), same.state_dict()
+    for name, value in model.state_dict().items():
+        is_encoder = name.startswith(("backbone.", "text."))
+        assert (name in filled) == is_encoder
+        assert torch.equal(value, (weights if is_encoder else random)[name])
+    with pytest.raises(ValueError, match="not a checkpoint of RISAM.*backbone., text.*it has e.g."):
+        convert_state_dict({"encoder.weight": torch.ones(1)}, "risam")

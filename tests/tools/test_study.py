@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ STUDIES = sorted((ROOT / "configs" / "studies").glob("*.yaml"))
 STUDY = """
 title: Two widths
 question: Does the width matter?
+found: It does.
 note: Too small to tell.
 config: quick.yaml
 options: {SOLVER.BASE_LR: 0.01, SOLVER.MAX_ITER: 4, SOLVER.CHECKPOINT_PERIOD: 1}
@@ -159,6 +161,53 @@ def test_interrupted_resumed_kept_and_changed(study, files, train, tmp_path, cap
     assert "4 of 4 runs finished" in page.read_text()
 
 
+PRETRAINED = {
+    "seeds: [1, 2]": "seeds: [2, 1]\npretrain: encoder",
+    "narrow: {MODEL.SHARED_RIS.DIM: 16}": "narrow: {MODEL.INIT: [[beit3, PRETRAINED]]}",
+    "wide: {}": "wide: {MODEL.WEIGHTS: PRETRAINED}\n  encoder: {SOLVER.MAX_ITER: 2}",
+    '"default": wide': '"pretrained": encoder',
+}
+
+
+def test_pretraining_comes_first_once_and_for_all(study, files, train, tmp_path, capsys):
+    output, page = tmp_path / "out", tmp_path / "page.md"
+    arguments = ["--output", str(output), "--report", str(page)]
+    study.main([files(PRETRAINED), *arguments, "--only", "wide", "--seed", "1"])
+    assert [command[-1] for command in train.commands] == [
+        f"{output}/runs/{run}" for run in ("encoder/seed2", "wide/seed1")
+    ]
+    checkpoint = str(output / "runs/encoder/seed2/model_final.pth")
+    assert checkpoint in train.commands[1] and checkpoint not in train.commands[0]
+    assert checkpoint in (output / "runs/wide/seed1/log.txt").read_text()
+    rows = re.findall(r"^\| (wide|pretrained) +\| (\d of \d)", page.read_text(), re.MULTILINE)
+    assert rows == [("wide", "1 of 2"), ("pretrained", "1 of 1")]
+
+    # Started elsewhere from the same part, it is the same run; the path is not its setting.
+    runs = study.load_runs(study.load_study(files(PRETRAINED)), str(output))
+    other = study.load_runs(study.load_study(files(PRETRAINED)), str(tmp_path / "other"))
+    _finished(runs[1], 40.0, 0.3)
+    shutil.copytree(runs[1].folder, other[1].folder)
+    assert [run.cell for run in runs] == ["encoder", "narrow", "wide", "narrow", "wide"]
+    assert other[1].cell == "narrow" and other[1].state == "finished"
+
+    # Another pretraining voids what came from it.
+    changed = files(PRETRAINED | {"encoder: {SOLVER.MAX_ITER: 2}": "encoder: {SOLVER.MAX_ITER: 3}"})
+    study.main([changed, *arguments, "--report-only"])
+    assert "0 of 5 runs finished" in page.read_text()
+    study.main([changed, *arguments, "--only", "wide", "--seed", "1"])
+    assert [command[-1][-12:] for command in train.commands[2:]] == ["ncoder/seed2", "s/wide/seed1"]
+    assert not (output / "runs/narrow").exists() and "2 of 5 runs" in page.read_text()
+
+
+def test_without_its_pretraining_no_run_starts(study, files, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(_follow, "start", lambda training: started.append(training) or Ended(1))
+    monkeypatch.setattr(study, "why_failed", lambda training, status: "failed")
+    with pytest.raises(SystemExit, match="failed: encoder, seed 2$"):
+        study.main([files(PRETRAINED), "--output", str(tmp_path), "--report", f"{tmp_path}/p.md"])
+    assert len(started) == 1
+
+
 def test_a_failing_cell_does_not_stop_the_others(study, files, train, tmp_path, capsys):
     path = files({"DIM: 16": "DIM: 15", "seeds: [1, 2]": "seeds: [1]"})
     page = tmp_path / "page.md"
@@ -258,6 +307,7 @@ def test_the_page(study, files, tmp_path):
     for run, giou, seconds in zip(runs, (40.0, 50.0, 41.0), (0.3, 0.2, 0.4)):
         _finished(run, giou, seconds)
     text = study.report(loaded, runs, "python tools/study.py widths.yaml")
+    assert text.startswith("# Two widths\n\nIt does.\n\nDoes the width matter?\n\n")
     assert "\n\nToo small to tell.\n\n" in text
     rows = {
         cells[1]: cells[2:-1]
@@ -304,6 +354,7 @@ def test_a_key_that_is_new_in_the_code_makes_no_run_worthless(study, files, tmp_
         ("{MODEL.SHARED_RIS.DIM: 16}", "3", "cell narrow: .*not a mapping"),
         ("wide: {}", "wide: {}\n  narrow: {}", "'narrow' is there twice"),
         ("wide: {}", "wide: {}\n  w/o: {A: 1}", "cell w/o: letters, digits"),
+        ("title:", "pretrain: first\ntitle:", "unknown cell 'first'; known: narrow, wide"),
         ("narrow: narrow", "narrow: narow", "unknown cell 'narow'; known: narrow, wide"),
         ("ris_grefshapes_val", "ris_grefshapes_vla", "unknown dataset .ris_grefshapes_vla"),
         ("gIoU,", "GIoU,", "unknown metric 'GIoU'; known: gIoU, cIoU"),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from . import asda, beit3, bert, clip, deris, mask2former, sam, swin, vit
+from . import asda, beit3, bert, clip, deris, mask2former, risam, sam, swin, vit
 from .base import Converter, unwrap_state_dict
 
 __all__ = [
@@ -27,6 +27,7 @@ CONVERTERS: dict[str, Converter] = {
     "clip": clip.CONVERTER,
     "deris": deris.CONVERTER,
     "mask2former": mask2former.CONVERTER,
+    "risam": risam.CONVERTER,
     "sam": sam.CONVERTER,
     "sam_decoder": sam.DECODER_CONVERTER,
     "swin": swin.CONVERTER,

@@ -37,6 +37,7 @@ class RISAM(ReferringSegmenter):
         "vit": "backbone",
         "swin": "backbone",
         "clip": ("text",),
+        "risam": ("backbone", "text"),
         "sam_decoder": "decoder",
     }
     trims_text = True
