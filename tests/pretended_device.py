@@ -192,6 +192,7 @@ def pretended_device() -> Iterator[Log]:
     # Kernels that exist for GPUs alone are chosen before an operator passes here.
     with (
         mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (7, 0)),
         torch.backends.cudnn.flags(enabled=False),
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         _Constructors(),
