@@ -34,6 +34,15 @@ def test_polygon_without_area_is_an_empty_mask():
     assert mask.shape == (10, 10) and not mask.any()
 
 
+@pytest.mark.parametrize("size", [(8, 10), (1, 10), (10, 1)])
+def test_masks_are_row_major(size):
+    polygon = [[0, 0, 6, 0, 6, 6, 0, 6]]
+    for segmentation in (polygon, encode(rasterize(polygon, *size))):
+        mask = rasterize(segmentation, *size)
+        assert mask.flags.c_contiguous and mask.shape == size
+        assert mask[:6, :6].all() and mask.sum() == min(6, size[0]) * min(6, size[1])
+
+
 @pytest.mark.parametrize("fill", ["blob", "empty", "full", "stripes"])
 def test_encode_and_rasterize_are_inverse(fill):
     mask = blob()

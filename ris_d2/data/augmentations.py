@@ -157,9 +157,6 @@ class HFlip(T.HFlipTransform):
     def apply_image(self, img: np.ndarray) -> np.ndarray:
         return cv2.flip(img, 1)
 
-    def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
-        return np.asfortranarray(segmentation[:, ::-1])  # column-major, as pycocotools draws
-
 
 @dataclass
 class RandomFlip(T.Augmentation):

@@ -69,7 +69,8 @@ def _decode(data: bytes) -> np.ndarray:
             return to_rgb(image)
     # OpenCV decodes JPEG files, which nearly all images of datasets are, faster than Pillow.
     # No end marker after the last scan: it would fill the rest of the image with grey.
-    if data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+    end = b"\xff\xd9"
+    if not data.endswith(end) and data.rfind(end) < data.rfind(b"\xff\xda"):
         raise ValueError("the end is missing")
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     if pixels is None:

@@ -120,14 +120,14 @@ class Tokenizer:
         """
         cleaned = [clean_text(text) for text in texts] if self.clean else list(texts)
         encoded = self._encode(cleaned)
-        input_ids = torch.full((len(texts), self.max_tokens), self.pad_id)
-        text_mask = torch.zeros(input_ids.shape, dtype=torch.bool)
-        for row, (text, ids) in enumerate(zip(texts, encoded)):
+        for text, ids in zip(texts, encoded):
             if not ids:
                 raise ValueError(f"the sentence {text!r} is empty: no word is left to tokenize")
-            ids = [self.start_id, *ids[: self.max_tokens - 2], self.end_id]
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            text_mask[row, : len(ids)] = True
+        rows = [[self.start_id, *ids[: self.max_tokens - 2], self.end_id] for ids in encoded]
+        lengths = torch.tensor([len(row) for row in rows])
+        text_mask = torch.arange(self.max_tokens) < lengths[:, None]
+        input_ids = torch.full(text_mask.shape, self.pad_id)
+        input_ids[text_mask] = torch.tensor([id_ for row in rows for id_ in row], dtype=torch.int64)
         if self.warnings_left > 0:
             self._warn(cleaned, encoded)
         return input_ids, text_mask
@@ -177,7 +177,10 @@ class Tokenizer:
         if not texts:
             return []
         with reading(self.file):  # what is damaged in it may be met with the first odd word
-            return self._words(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            # By default the library makes lists of masks, too, which takes longer than the ids.
+            options = {"return_attention_mask": False, "return_token_type_ids": False}
+            encoded = self._words(texts, add_special_tokens=False, verbose=False, **options)
+            return encoded["input_ids"]
 
 
 def clean_text(text: str) -> str:

@@ -271,9 +271,7 @@ def ground_truth(unit: dict, sample: str) -> tuple[list[np.ndarray], np.ndarray]
             )
         if key not in truths:
             parts = [*map(decode, key)] or [np.zeros((unit["height"], unit["width"]), bool)]
-            truth = parts[0] if len(parts) == 1 else union(parts)
-            # Decoded masks are column-major; combining them with row-major predictions is slow.
-            truths[key] = np.ascontiguousarray(truth)
+            truths[key] = parts[0] if len(parts) == 1 else union(parts)
         which.append(list(truths).index(key))
     return list(truths.values()), np.array(which)
 
