@@ -7,20 +7,28 @@ Needs a machine with an NVIDIA GPU (80 GB for all of it; what does not fit is sa
 CUDA, a C++ compiler for the compiled columns, pytest and detectron2, about two hours, and nothing from the
 network: weights are random. On the page:
 
-    the suite with --device cuda
+    the suite, on the CPU and with --device cuda
     per method in fp32, TF32 and bf16, eager and compiled: p50 and p95 of one sentence and of eight, the
         share of the GPU's own matrix rate, peak memory, a training step and its memory
     the greatest difference of its fp32 mask logits from the CPU's, which is to be below 1e-4 of the
-        greatest logit (or 1e-4, where that is below 1)
+        greatest logit (or 1e-4, where that is below 1), and the mean one: far below, if a hard
+        decision near its threshold is all that differs
     a training step under DistributedDataParallel with NCCL, one process: its gradients against those
         without
 
-The page is written anew after every method. What fails is named on it, and the program then ends with
-status 1. --device cpu tries the program itself on a machine without a GPU.
+Every part runs in a process of its own, and the page is written anew after every column. What fails,
+crashes or hangs is named on it (in full on stderr), all else is measured, and the program ends with status
+1. --device cpu tries the program itself on a machine without a GPU.
+
+Where a GPU is lent for minutes, the page is made in pieces:
+
+    python tools/gpu_page.py --parts speed --modes eager --config-file configs/vipa_swin_b.yaml
+    python tools/gpu_page.py --add --parts suite --tests tests/modeling
 """
 
 import argparse
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -36,6 +44,7 @@ RECIPES = (
     "asda_clip_vit_b",
     "shared_ris_beit3_b",
 )
+PARTS = ("agreement", "speed", "suite")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -43,9 +52,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_config_file(action="append", help="default: a recipe of each method")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to try the program")
-    parser.add_argument("--tests", nargs="*", default=["tests"], help="none: leave the suite out")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="default: all")
+    parser.add_argument("--tests", nargs="+", default=["tests"], help="of the suite (default: all)")
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"])
     parser.add_argument("--seconds", type=float, default=3.0, help="least time per measurement")
+    parser.add_argument("--add", action="store_true", help="to the page that is there")
     parser.add_argument("--output", default=os.path.join(ROOT, "docs", "gpu.md"), metavar="PAGE")
     args = parser.parse_args(arguments)
     configs = os.path.join(ROOT, "configs")
@@ -61,19 +72,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import benchmark
+from _process import in_a_process
 from _sample import model_input
 from _timing import machine, synchronize, versions
-from ris_d2.io import atomic_write
+from ris_d2.io import atomic_write, load_json
 
 TOLERANCE = 1e-4
+PART_LIMIT, SUITE_LIMIT = 1800, 5400  # seconds; what takes longer hangs
+Differences = tuple[float, float, float]
 
 
-def difference_of_logits(column: benchmark.Column, args: argparse.Namespace) -> tuple[float, float]:
-    """Greatest difference of mask logits on the column's device from the CPU's, and greatest logit."""
+def difference_of_logits(column: benchmark.Column, args: argparse.Namespace) -> Differences:
+    """Greatest difference of mask logits on the column's device from the CPU's, greatest logit, mean
+    difference."""
     model, cfg = benchmark.build(column, args)
     inputs = [model_input(cfg, 2)]
     here, there = _logits(copy.deepcopy(model).to("cpu"), inputs), _logits(model, inputs)
-    return (here - there.cpu()).abs().max().item(), here.abs().max().item()
+    difference = (here - there.cpu()).abs()
+    return difference.max().item(), here.abs().max().item(), difference.mean().item()
 
 
 @torch.no_grad()
@@ -83,8 +99,8 @@ def _logits(model: nn.Module, inputs: list[dict]) -> Tensor:
     return (outputs["rounds"][-1] if "rounds" in outputs else outputs)["mask_logits"].float()
 
 
-def difference_under_ddp(column: benchmark.Column, args: argparse.Namespace) -> tuple[float, float]:
-    """Greatest difference of gradients with DistributedDataParallel from those without, and greatest one."""
+def difference_under_ddp(column: benchmark.Column, args: argparse.Namespace) -> Differences:
+    """The same of gradients with DistributedDataParallel and those without."""
     model, cfg = benchmark.build(column, args)
     model.train().to_be_applied.clear()
     cuda = model.device.type == "cuda"
@@ -97,11 +113,17 @@ def difference_under_ddp(column: benchmark.Column, args: argparse.Namespace) -> 
             world_size=1,
         )
         plain = _gradients(model, model, inputs)
-        wrapped = DistributedDataParallel(model, device_ids=[model.device] if cuda else None)
+        wrapped = DistributedDataParallel(  # as the trainer does
+            model,
+            device_ids=[model.device] if cuda else None,
+            gradient_as_bucket_view=True,
+            static_graph=True,
+        )
         under = _gradients(model, wrapped, inputs)
         torch.distributed.destroy_process_group()
-    differences = [(under[name] - plain[name]).abs().max().item() for name in plain]
-    return max(differences), max(gradient.abs().max().item() for gradient in plain.values())
+    difference = torch.cat([(under[name] - plain[name]).abs().flatten() for name in plain])
+    greatest = max(gradient.abs().max().item() for gradient in plain.values())
+    return difference.max().item(), greatest, difference.mean().item()
 
 
 def _gradients(model: nn.Module, called: nn.Module, inputs: list[dict]) -> dict[str, Tensor]:
@@ -113,92 +135,106 @@ def _gradients(model: nn.Module, called: nn.Module, inputs: list[dict]) -> dict[
 
 
 class Page:
-    """What was measured so far, and what failed."""
+    """What was measured so far, and what failed. A JSON file beside the page has the same, to be added to."""
 
-    def __init__(self, path: str, threads: int) -> None:
-        self.path, self.failed = path, []
-        self.suite = ""
-        self.facts = {**machine(threads), **versions()}
-        self.speed: list[list[str]] = []
-        self.agreement: list[list[str]] = []
+    def __init__(self, path: str, *, add: bool) -> None:
+        self.path, self.data = path, f"{os.path.splitext(path)[0]}.json"
+        empty = {name: {} for name in ("suite", "speed", "agreement", "failed")}
+        self.content: dict[str, dict] = load_json(self.data) if add else empty
+        self.content["facts"] = {**machine(torch.get_num_threads()), **versions()}
 
     def attempt(self, what: str, function: Callable, *arguments: object) -> object | None:
-        """What the function returns; None if it failed, which the page then says."""
-        try:
-            return function(*arguments)
-        except Exception as error:  # out of memory, no compiler, ...: the rest is still wanted
-            self.failed.append(f"{what}: {type(error).__name__}: {str(error).strip()[:300]}")
-            print(self.failed[-1], file=sys.stderr)
-            return None
+        """What the function returns in a process of its own; None if it failed, which the page then says."""
+        print(what, flush=True)
+        result, error = in_a_process(function, *arguments, limit=PART_LIMIT)
+        self.judge(what, [error] if error else [])
+        return result
+
+    def judge(self, what: str, errors: list[str]) -> None:
+        """Replace what is said of the failure of a part; nothing if it is none."""
+        self.content["failed"].pop(what, None)
+        if errors:
+            texts = [f"{what}: {' '.join(error.split())}"[:400] for error in errors]
+            self.content["failed"][what] = texts
+            print(*texts, sep="\n", file=sys.stderr)
 
     def write(self) -> None:
+        facts, suite, speed, agreement, failed = (
+            self.content[name] for name in ("facts", "suite", "speed", "agreement", "failed")
+        )
         facts = ", ".join(
             f"{key} {', '.join(value) if isinstance(value, list) else value}"
-            for key, value in self.facts.items()
+            for key, value in facts.items()
         )
         lines = ["# On a GPU", "", f"Written by `make gpu`. {facts}.", ""]
-        lines += [f"Suite: {self.suite}.", ""] if self.suite else []
+        lines += [
+            line for words, last in suite.items() for line in (f"`pytest {words}`: {last}.", "")
+        ]
         lines += [
             "Milliseconds; 8: eight sentences on one image; share: of the device's own matrix rate with "
             "eight; memory in MiB, of training above weights, gradients and optimizer.",
             "",
         ]
-        lines += _markdown(SPEED, self.speed) + [""]
-        lines += _markdown(AGREEMENT, self.agreement) + [""]
-        lines += ["Failed:", "", *(f"- {x}" for x in self.failed), ""] if self.failed else []
+        lines += [*_markdown(SPEED, speed), "", *_markdown(AGREEMENT, agreement), ""]
+        if failed:
+            lines += ["Failed:", "", *(f"- {text}" for own in failed.values() for text in own), ""]
         with atomic_write(self.path) as file:
             file.write("\n".join(lines))
+        with atomic_write(self.data) as file:
+            json.dump(self.content, file, indent=1)
 
 
 SPEED = ("model", "p50", "p95", "p50 of 8", "share", "memory", "step", "its memory")
 AGREEMENT = ("model", "fp32 mask logits against the CPU", "gradients under DDP")
 
 
-def _markdown(header: tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+def _markdown(header: tuple[str, ...], rows: dict[str, list[str]]) -> list[str]:
+    cells = (header, ["---"] * len(header), *([name, *row] for name, row in rows.items()))
+    return [f"| {' | '.join(row)} |" for row in cells]
 
 
-def run_suite(tests: list[str], device: str) -> str:
-    """The last line of pytest.
-
-    Raises:
-        ValueError: a test failed.
-    """
-    option = [] if device == "cpu" else ["--device", device]
-    command = [sys.executable, "-m", "pytest", "-q", *option, *tests]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    last = (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
-    if done.returncode:
-        raise ValueError(f"{' '.join(command[1:])}: {last} {done.stderr[-300:]}")
-    return last
+def run_suite(page: Page, tests: list[str], device: str) -> None:
+    """Note pytest's last line, and each test that failed."""
+    words = ["--device", device, *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "faulthandler_timeout=600", *words]
+    print(*command, flush=True)
+    with tempfile.TemporaryFile("w+") as output:
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=SUITE_LIMIT
+            )
+            errors = [f"status {done.returncode}"] if done.returncode else []
+        except subprocess.TimeoutExpired:
+            errors = [f"not done after {SUITE_LIMIT // 60} minutes"]
+        output.seek(0)
+        lines = output.read().splitlines() or ["no output"]
+    page.content["suite"][" ".join(words)] = lines[-1].strip("= ")
+    if errors:
+        print(*lines, sep="\n", file=sys.stderr)
+        errors += [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+    page.judge(f"pytest {' '.join(words)}", errors)
+    page.write()
 
 
 def measure_speed(page: Page, args: argparse.Namespace) -> None:
     """A row for each precision and mode of the one configuration in ``args``."""
     columns = benchmark.columns_of(args)
-    figures = page.attempt(
-        f"{columns[0].name}: latency",
-        benchmark.in_a_process,
-        benchmark.run_part,
-        "model",
-        columns,
-        args,
-    )
+    what = f"{columns[0].name} and the other columns: latency"
+    figures = page.attempt(what, benchmark.run_part, "model", columns, args)
     for i, column in enumerate(columns):
-        row = {**figures[i]} if figures else {}
+        # Where one of them fails, the others are not to be without figures.
+        own = figures and figures[i : i + 1]
+        own = own or page.attempt(
+            f"{column.name}: latency", benchmark.run_part, "model", [column], args
+        )
+        row = dict(own[0]) if own else {}
         for part in ("memory", "train"):
-            own = page.attempt(
-                f"{column.name}: {part}",
-                benchmark.in_a_process,
-                benchmark.run_part,
-                part,
-                [column],
-                args,
-            )
+            own = page.attempt(f"{column.name}: {part}", benchmark.run_part, part, [column], args)
             row |= {f"{part}.{name}": value for name, value in (own or {}).items()}
         names = ("p50_ms_1", "p95_ms_1", "p50_ms_8", "of_matrix_rate_8", "memory.peak_memory_mb")
         names += ("train.step_ms", "train.peak_above_state_mb")
-        page.speed.append([column.name, *(_shown(row.get(name)) for name in names)])
+        page.content["speed"][column.name] = [_shown(row.get(name)) for name in names]
+        page.write()
 
 
 def _shown(value: float | None) -> str:
@@ -207,18 +243,17 @@ def _shown(value: float | None) -> str:
 
 def measure_agreement(page: Page, args: argparse.Namespace) -> None:
     column = benchmark.columns_of(args)[0]  # fp32, eager
-    row = [column.name]
-    for what, function, allowed in (
+    row = page.content["agreement"][column.name] = []
+    for name, function, allowed in (
         ("logits", difference_of_logits, TOLERANCE),
         ("DDP", difference_under_ddp, 10 * TOLERANCE),
     ):
-        found = page.attempt(
-            f"{column.name}: {what}", benchmark.in_a_process, function, column, args
-        )
-        row.append("" if found is None else f"{found[0]:.1e} of {found[1]:.2g}")
-        if found is not None and not found[0] <= allowed * max(1.0, found[1]):
-            page.failed.append(f"{column.name}: {what} differ by {found[0]:.1e} of {found[1]:.2g}")
-    page.agreement.append(row)
+        what = f"{column.name}: {name}"
+        found = page.attempt(what, function, column, args)
+        row.append("{:.1e} of {:.2g} (mean {:.1e})".format(*found) if found else "")
+        if found and not found[0] <= allowed * max(1.0, found[1]):  # NaN, too
+            page.judge(what, [f"differ by {row[-1]}"])
+    page.write()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -229,30 +264,22 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(
             "no CUDA GPU here: run this on a machine with one, or try the program with --device cpu"
         )
-    page = Page(args.output, torch.get_num_threads())
+    page = Page(args.output, add=args.add)
     for config_file in args.config_file:
-        words = [
-            "--config-file",
-            config_file,
-            *args.opts,
-            "MODEL.INIT",
-            "[]",
-            "--sentences",
-            "1",
-            "8",
-        ]
+        words = ["--config-file", config_file, *args.opts, "MODEL.INIT", "[]"]
         words += [word for module in args.modules for word in ("--import", module)]
         words += ["--devices", args.device, "--seconds", str(args.seconds), "--modes", *args.modes]
-        words += ["--precisions", "fp32", *["tf32"] * cuda, "bf16"]
+        words += ["--sentences", "1", "8", "--precisions", "fp32", *["tf32"] * cuda, "bf16"]
         own = benchmark.parse(words)
-        measure_agreement(page, own)
-        measure_speed(page, own)
-        page.write()
-    if args.tests:
-        page.suite = page.attempt("suite", run_suite, args.tests, args.device) or "failed"
-        page.write()
+        if "agreement" in args.parts:
+            measure_agreement(page, own)
+        if "speed" in args.parts:
+            measure_speed(page, own)
+    if "suite" in args.parts:
+        for device in ("cpu", "cuda") if cuda else ("cpu",):
+            run_suite(page, args.tests, device)
     print(f"Written: {args.output}")
-    if page.failed:
+    if page.content["failed"]:
         sys.exit(1)
 
 
