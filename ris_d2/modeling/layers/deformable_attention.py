@@ -1,6 +1,8 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021); nothing to compile."""
 
+import functools
 import importlib.util
+import logging
 import math
 from collections.abc import Sequence
 
@@ -9,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .constants import Constants
+
+logger = logging.getLogger(__name__)
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -185,7 +189,20 @@ def _by_triton(
 def _has_triton() -> bool:
     # The simulated GPU of the tests has tensors, too.
     is_there = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-    return is_there and torch.cuda.get_device_capability() >= (7, 0)  # triton's floor
+    return is_there and torch.cuda.get_device_capability() >= (7, 0) and _triton_starts()
+
+
+@functools.cache
+def _triton_starts() -> bool:
+    """Whether Triton finds what it builds its launcher with: a C compiler and Python's headers."""
+    import triton
+
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # of its own kinds, or the compiler's
+        logger.warning("Deformable attention does without Triton, and is slower: %s", error)
+        return False
+    return True
 
 
 _FORMS = {"embedding_bag": _by_embedding_bag, "grid_sample": _by_grid_sample, "triton": _by_triton}

@@ -14,6 +14,7 @@ from ris_d2.modeling.layers.deformable_attention import (
     weighted_samples,
 )
 
+pytestmark = [pytest.mark.not_pretended, pytest.mark.places_itself]
 SIZES = [(3, 4), (5, 7)]
 
 # On a GPU, or with TRITON_INTERPRET=1 from the start (see the last test), which runs kernels on the CPU.
@@ -108,6 +109,26 @@ def test_the_triton_form_is_an_operator_that_compiles():
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
+@pytest.mark.skipif(IS_INTERPRETED, reason="not compiled")
+@pytest.mark.parametrize("name", ["_forward", "_backward"])
+def test_kernels_compile_without_a_gpu(name, tmp_path, monkeypatch):
+    """To its machine code: Triton brings the assembler."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from ris_d2.modeling.layers import deformable_attention_triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(deformable_attention_triton, name)
+    constants = {"HEADS": 8, "PLACES": 12, "DIM": 30, "CHANNELS": 32, "BAGS": 16}
+    types = {"values": "*bf16", "levels": "*i32", "rows": "i32", "queries": "i32", "total": "i32"}
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+    source = triton.compiler.ASTSource(kernel, signature, constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
 @pytest.mark.skipif("triton" in FORMS, reason="run above")
 def test_the_triton_form_without_a_gpu():
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "not without_a_gpu"]
@@ -119,6 +140,11 @@ def test_the_triton_form_without_a_gpu():
 def test_the_form_is_chosen_by_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not deformable_attention._has_triton()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for starts in (False, True):
+        monkeypatch.setattr(deformable_attention, "_triton_starts", lambda starts=starts: starts)
+        assert deformable_attention._has_triton() == starts
     chosen = []
     for form in ("embedding_bag", "triton"):
         forms = {form: lambda *inputs, form=form: chosen.append(form)}
@@ -130,6 +156,19 @@ def test_the_form_is_chosen_by_device(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     weighted_samples(on_gpu, SIZES, (), None, None)
     assert chosen == ["embedding_bag", "embedding_bag", "triton"]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no triton")
+def test_without_a_compiler_triton_is_done_without(monkeypatch, caplog):
+    import triton
+
+    class NoCompiler:
+        def get_current_target(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoCompiler())
+    assert not deformable_attention._triton_starts.__wrapped__()
+    assert "does without Triton, and is slower: Failed to find C compiler" in caplog.text
 
 
 def make():
