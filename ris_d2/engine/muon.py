@@ -79,8 +79,9 @@ class Muon(torch.optim.Optimizer):
         for p, state in zip(parameters, states, strict=True):
             if not state:
                 state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
-            if not isinstance(state["step"], Tensor):  # a number in earlier checkpoints
-                state["step"] = torch.full((), float(state["step"]), device=p.device)
+            step = state["step"]  # a number in earlier checkpoints, on the CPU after loading one
+            if not isinstance(step, Tensor) or step.device != p.device:
+                state["step"] = torch.full((), float(step), device=p.device)
         adamw(
             parameters,
             [p.grad for p in parameters],

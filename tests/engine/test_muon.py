@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from pretended_device import pretended_device, to_device
 from torch import nn
 
 from ris_d2 import get_ris_cfg
@@ -73,6 +74,21 @@ def test_a_resumed_optimizer_goes_on_as_if_it_had_not_stopped():
             gradients(parameters, step)
             optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed))
+
+
+def test_a_loaded_checkpoint_is_gone_on_with_on_a_gpu():
+    """It lies on the CPU, the counts of steps too, which torch leaves there."""
+    with pretended_device():
+        layer = to_device(nn.Linear(8, 8))
+        optimizer = Muon([{"params": [layer.bias]}], lr=0.1, betas=(0.9, 0.98), eps=1e-8)
+        for step in (1, 2):
+            layer.bias.grad = torch.ones(8, device="cuda")
+            optimizer.step()
+            state = optimizer.state_dict()
+            loaded = state["state"][0]["step"].cpu()
+            assert loaded == step
+            state["state"][0]["step"] = loaded
+            optimizer.load_state_dict(state)
 
 
 def test_the_config_sets_linear_layers_and_convolutions_apart():
