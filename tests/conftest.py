@@ -2,34 +2,77 @@
 
 import copy
 import json
+import os
 import pickle
 import struct
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-# As Python has it for a script's own folder: programs are run from their files.
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
+# Helper modules of all tests; and programs, run from their files, find each other.
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tools")]
+
+from placement import made_on
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="where tests marked on_device run: cpu, cuda")
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="cpu: the whole suite, as if there were no GPU; cuda: the tests that compute, on it; "
+        "pretended: the same on a GPU that is not there (tests/pretended_device.py)",
+    )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "on_device: runs on --device")
-    config.addinivalue_line("markers", "cpu_only: whatever --device says")
+    if config.getoption("--device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a configuration's default would be a GPU
+    config.addinivalue_line("markers", "cpu_only: does not follow --device")
+    config.addinivalue_line(
+        "markers", "not_pretended: needs kernels, or minutes, on a GPU that is not there"
+    )
+    config.addinivalue_line("markers", "places_itself: puts on the device what it makes")
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        item.add_marker("on_device" if "device" in item.fixturenames else "cpu_only")
+def pytest_collection_modifyitems(config, items):
+    name = config.getoption("--device")
+    if name == "cpu":
+        return
+    left_out = ["cpu_only"] + ["not_pretended"] * (name == "pretended")
+    chosen = [
+        item
+        for item in items
+        if "device" in item.fixturenames and not any(map(item.get_closest_marker, left_out))
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def device(pytestconfig):
-    return pytestconfig.getoption("--device")
+    """MODEL.DEVICE of the test."""
+    name = pytestconfig.getoption("--device")
+    if name != "pretended":
+        if name != "cpu":
+            torch.backends.cudnn.allow_tf32 = False  # it is on by default
+        yield name
+        return
+    from pretended_device import pretended_device
+
+    with pretended_device():
+        yield "cuda"
+
+
+@pytest.fixture
+def placed(request, device):
+    """The tensors that the test makes, and the weights of its modules, lie on the device."""
+    if device == "cpu" or request.node.get_closest_marker("places_itself"):
+        yield
+    else:
+        with made_on(device):
+            yield
 
 
 SIZE = {"height": 40, "width": 60}

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -26,6 +26,8 @@ READS = {
     *(aten._unique2.default, aten.unique_consecutive.default, aten.unique_dim.default),
     *(aten.equal.default, aten.repeat_interleave.Tensor, aten.bincount.default),
 }
+# They take no numbers from the host, where others do.
+FUSED = {aten._fused_adam_.default, aten._fused_adamw_.default}
 # They take an index, or a source, of the other device: that is copied, or the two are the same value.
 INDEXING = {
     *(aten.index.Tensor, aten.index_put.default, aten.index_put_.default),
@@ -55,12 +57,24 @@ class OnDevice(Tensor):
     def __init__(self, real: Tensor):
         self.content = real.detach()
 
+    data = property(
+        lambda self: self.detach(),
+        lambda self, other: self._take(other),
+    )
+
+    def _take(self, other: "OnDevice") -> None:
+        torch._C.TensorBase.data.__set__(self, other)
+        self.content = other.content
+
     def __repr__(self) -> str:
         return f"OnDevice({self.content!r})"
 
     def tolist(self) -> list:
         LOG.wait("tolist")
         return self.content.tolist()
+
+    def __reduce_ex__(self, protocol: int):
+        return self.content.__reduce_ex__(protocol)  # files are read to the CPU
 
     def numpy(self, *args, **kwargs):
         raise TypeError("can't convert a cuda:0 tensor to numpy")
@@ -101,7 +115,10 @@ def _place() -> str:
 def _run(func, args: tuple, kwargs: dict):
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     here = [x for x in tensors if isinstance(x, OnDevice)]
-    elsewhere = [x for x in tensors if not isinstance(x, OnDevice) and x.dim() > 0]
+    if tensors and not here and tensors[0].is_meta:
+        return func(*args, **kwargs)
+    own = 0 if func in FUSED else 1
+    elsewhere = [x for x in tensors if not isinstance(x, OnDevice) and x.dim() >= own]
     result_here = bool(here)
     if kwargs.get("device") is not None:
         result_here = torch.device(kwargs["device"]).type in ("cuda", "meta")
@@ -151,10 +168,11 @@ class _Constructors(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if (
-            func in (torch.tensor, torch.as_tensor)
-            and torch.device(kwargs.get("device") or CPU).type == "cuda"
-        ):
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "meta":
+            with _disable_current_modes():  # asked for, where the operators see what OnDevice says to C++
+                return func(*args, **kwargs)
+        if func in (torch.tensor, torch.as_tensor) and torch.device(device or CPU).type == "cuda":
             LOG.copy("torch.tensor", waits=True)
             return OnDevice(func(*args, **{**kwargs, "device": CPU}))
         if name == "new_tensor" and isinstance(args[0], OnDevice):

@@ -37,7 +37,7 @@ class BrightestChannel(nn.Module):
 
     def _results(self, inputs):
         size = (inputs["height"], inputs["width"])
-        bright = inputs["image"].float().amax(0, keepdim=True)[None]
+        bright = inputs["image"].to(self.threshold.device).float().amax(0, keepdim=True)[None]
         mask = nn.functional.interpolate(bright, size=size)[0, 0] > self.threshold
         lengths = inputs["text_mask"].sum(1).tolist()
         return [
@@ -60,9 +60,9 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture
-def cfg(tokenizer):
+def cfg(tokenizer, device):
     cfg = get_ris_cfg()
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = device
     cfg.MODEL.META_ARCHITECTURE = "BrightestChannel"
     cfg.MODEL.WEIGHTS = ""
     cfg.INPUT.RIS.SIZE = (32, 32)
@@ -152,12 +152,12 @@ def test_path_pil_and_array_give_the_same_mask(cfg, picture, tmp_path):
     assert all(torch.equal(masks[0], mask) for mask in masks[1:])
 
 
-def test_shared_ris_answers_as_in_evaluation(tokenizer, tmp_path):
+def test_shared_ris_answers_as_in_evaluation(tokenizer, tmp_path, device):
     """The real method through the real mapper: the same masks as a test loader's input gives."""
     from ris_d2.data.mapper import ReferringMapper
 
     cfg = get_ris_cfg()
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = device
     cfg.MODEL.META_ARCHITECTURE = "SharedRIS"
     cfg.MODEL.PIXEL_MEAN = cfg.MODEL.PIXEL_STD = [127.5] * 3
     cfg.MODEL.WEIGHTS = ""
@@ -193,7 +193,7 @@ def test_shared_ris_answers_as_in_evaluation(tokenizer, tmp_path):
     assert len(results) == 3
     for result, other in zip(results, expected):
         assert result["mask"].shape == (50, 70)
-        assert (result["mask"] != other["mask"]).float().mean() < 0.02  # two jpeg decoders
+        assert (result["mask"] != other["mask"].cpu()).float().mean() < 0.02  # two jpeg decoders
         assert result["score"] == pytest.approx(other["score"], abs=0.02)
 
 

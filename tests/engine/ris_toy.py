@@ -19,6 +19,7 @@ from ris_d2.data.loader import build_test_loader, build_train_loader
 from ris_d2.engine import Trainer
 
 HEIGHT, WIDTH = 8, 12
+DEVICE = "cpu"  # see conftest.py
 
 
 @META_ARCH_REGISTRY.register()
@@ -38,11 +39,12 @@ class RISToy(nn.Module):
         self.to(cfg.MODEL.DEVICE)
 
     def forward(self, batch):
-        numbers = torch.cat([x["numbers"] for x in batch])
+        device = self.head.weight.device
+        numbers = torch.cat([x["numbers"] for x in batch]).to(device)
         logits = self.head(self.norm(self.encoder(self.dropout(numbers))))[:, 0]
         if not self.training:
             return self._results(batch, logits)
-        answers = torch.cat([x["answers"] for x in batch])
+        answers = torch.cat([x["answers"] for x in batch]).to(device)
         count = sum(comm.all_gather(len(answers))) / comm.get_world_size()
         loss = F.binary_cross_entropy_with_logits(logits, answers, reduction="sum") / count
         return {"loss_toy": loss, "loss_small": 0.1 * loss}
@@ -156,7 +158,7 @@ def toy_cfg(output_dir, **options):
     """``options`` have __ for the dots of a key."""
     cfg = get_ris_cfg()
     cfg.TOY_DROPOUT, cfg.TOY_FREEZE, cfg.TOY_SIGTERM = 0.3, False, -1
-    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "RISToy", "cpu", ""
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "RISToy", DEVICE, ""
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("toy_ris_train",), ("toy_ris_val",)
     cfg.INPUT.RIS.UNIT, cfg.DATALOADER.NUM_WORKERS = "image", 0
     cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH = 0.01, 4

@@ -17,6 +17,8 @@ from ris_toy import ToyTrainer, toy_cfg
 
 from ris_d2.engine import claim, launch
 
+pytestmark = pytest.mark.cpu_only
+
 HERE = Path(__file__).parent
 OPTIONS = {
     "TOY_DROPOUT": 0.0,

@@ -14,7 +14,7 @@ ON = {"SOLVER__RIS__EMA": DECAY}
 
 def saved(output_dir, name="model_final"):
     weights = torch.load(output_dir / f"{name}.pth", weights_only=True)["model"]
-    return torch.cat([value.flatten() for value in weights.values()])
+    return torch.cat([value.flatten().cpu() for value in weights.values()])
 
 
 class Follower(HookBase):
@@ -38,7 +38,7 @@ class Followed(ToyTrainer):
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
-        cls.evaluated.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        cls.evaluated.append(torch.cat([p.detach().flatten().cpu() for p in model.parameters()]))
         return super().test(cfg, model, evaluators)
 
 

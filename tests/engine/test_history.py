@@ -3,7 +3,11 @@
 import json
 import math
 
+import pytest
+
 from ris_d2.engine.history import cut_history, has_evaluation, read_history
+
+pytestmark = pytest.mark.cpu_only
 
 
 def test_history_survives_resume_and_half_written_lines(tmp_path):

@@ -12,6 +12,8 @@ import pytest
 
 from ris_d2 import refshapes
 
+pytestmark = pytest.mark.cpu_only
+
 SCRIPT = Path(methods.__file__)
 
 

@@ -92,7 +92,7 @@ def test_optimizer_follows_the_config(name, caplog):
     model = Model()
     with caplog.at_level(logging.INFO, "ris_d2"):
         optimizer = build_optimizer(cfg, model)
-    assert type(optimizer).__name__ == name
+    assert type(optimizer).__name__ == name and optimizer.defaults["fused"]
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"], group["amsgrad"]) == ((0.8, 0.9), 1e-5, True)
     found = settings(model, optimizer.param_groups)

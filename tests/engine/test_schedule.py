@@ -6,6 +6,8 @@ import torch
 from ris_d2 import get_ris_cfg
 from ris_d2.engine.schedule import build_lr_scheduler, with_iterations
 
+pytestmark = pytest.mark.cpu_only
+
 
 def rates(**options):
     """The learning rate of each iteration, for a base rate of 1 and a second group of 0.1."""

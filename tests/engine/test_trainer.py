@@ -6,10 +6,11 @@ import signal
 
 import pytest
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, defaults
 from ris_toy import ToyTrainer, toy_cfg, toy_mapper
 
 from ris_d2.data.loader import build_train_loader
+from ris_d2.engine import trainer as trainer_module
 from ris_d2.engine.history import read_history
 
 
@@ -19,8 +20,10 @@ class Recorder(HookBase):
     def __init__(self):
         self.losses = []
 
-    def after_step(self):
-        self.losses.append(self.trainer.storage.latest()["total_loss"][0])
+    def after_train(self):  # on a GPU they are logged a step late
+        if "total_loss" in self.trainer.storage.histories():
+            history = self.trainer.storage.history("total_loss").values()
+            self.losses = [value for value, _ in history]
 
 
 def train(output_dir, *, resume=False, seed_of_init=0, trainer_class=ToyTrainer, **options):
@@ -33,7 +36,7 @@ def train(output_dir, *, resume=False, seed_of_init=0, trainer_class=ToyTrainer,
 
 
 def parameters(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    return torch.cat([p.detach().flatten().cpu() for p in trainer.model.parameters()])
 
 
 @pytest.mark.parametrize(
@@ -372,6 +375,15 @@ def test_evaluates_each_test_set_and_writes_it_apart(tmp_path):
         assert (tmp_path / "inference" / name / "results.json").is_file()
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_processes_exchange_gradients_where_they_lie(accumulation, monkeypatch):
+    """The graph is static unless the first backward pass exchanges nothing."""
+    monkeypatch.setattr(defaults, "create_ddp_model", lambda model, **options: options)
+    with trainer_module._ddp_for_every_method(accumulation):
+        options = defaults.create_ddp_model(torch.nn.Linear(1, 1), device_ids=[0])
+    assert options["gradient_as_bucket_view"] and options["static_graph"] == (accumulation == 1)
+
+
 def test_expected_results_are_checked_at_the_end(tmp_path):
     wrong = [["referring", "gIoU", 12345.0, 0.1]]
     with pytest.raises(SystemExit):
@@ -421,7 +433,7 @@ def test_training_ends_once_evaluations_bring_nothing_better(tmp_path, caplog):
     Scored.scores = [(9.0, 9.0), (5.0, 5.0), (9.5, 9.5), (9.0, 9.0), (9.5, 9.5)]
     with caplog.at_level(logging.INFO):
         trainer, losses = train(tmp_path, trainer_class=Scored, SOLVER__MAX_ITER=20, **patient)
-    assert len(losses) == 9  # the recorder comes after the hook that ended the tenth step
+    assert len(losses) == 10
     assert best(tmp_path)["iteration"] == 6
     assert "Training ends after 10 iterations" in caplog.text
     assert "Exception" not in caplog.text
@@ -478,7 +490,7 @@ def test_log_gives_epochs_and_parameter_groups(tmp_path, caplog):
 )
 def test_what_cannot_be_obeyed_is_refused(tmp_path, key, value, ours):
     with pytest.raises(ValueError, match=ours):
-        ToyTrainer(toy_cfg(tmp_path, **{key: value}))
+        ToyTrainer(toy_cfg(tmp_path, MODEL__DEVICE="cpu", **{key: value}))
 
 
 def test_best_metric_that_no_evaluation_gives_warns(tmp_path, caplog):

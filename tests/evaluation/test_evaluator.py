@@ -17,6 +17,7 @@ from ris_d2.evaluation import ReferringEvaluator
 from ris_d2.evaluation import evaluator as evaluator_module
 from ris_d2.masks import encode
 
+pytestmark = pytest.mark.usefixtures("placed")  # masks that a model gave
 SIZE = (20, 30)
 
 

@@ -7,17 +7,21 @@ from detectron2.structures import BitMasks, Instances
 
 from ris_d2 import get_ris_cfg
 
-# Helper modules of these tests, and of all.
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.append(str(Path(__file__).parent))  # helper modules of these tests
+
+
+@pytest.fixture(autouse=True)
+def all_placed(placed):
+    """Every test here follows --device."""
 
 
 @pytest.fixture
-def tiny_cfg():
+def tiny_cfg(device):
     """Shared-RIS with a grid of 4 x 6 patches; the mask head upsamples to 16 x 24."""
     cfg = get_ris_cfg()
     cfg.merge_from_list(
         [
-            *("MODEL.DEVICE", "cpu", "MODEL.META_ARCHITECTURE", "SharedRIS"),
+            *("MODEL.DEVICE", device, "MODEL.META_ARCHITECTURE", "SharedRIS"),
             *("MODEL.PIXEL_MEAN", [127.5] * 3, "MODEL.PIXEL_STD", [127.5] * 3),
             *("INPUT.RIS.SIZE", (32, 48), "MODEL.RIS.BEIT3.PATCH_SIZE", 8),
             *("MODEL.RIS.BEIT3.EMBED_DIM", 32, "MODEL.RIS.BEIT3.DEPTH", 2),

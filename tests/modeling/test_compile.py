@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from ris_d2 import load_config
 from ris_d2.modeling import segmenter
 
+pytestmark = [pytest.mark.not_pretended, pytest.mark.places_itself]
 CONFIGS = Path(__file__).parents[2] / "configs"
 METHODS = ("asda", "deris", "risam", "shared_ris", "vipa")
 
@@ -28,8 +29,8 @@ def captured(monkeypatch):
     return lambda: counters["stats"]["unique_graphs"]
 
 
-def build(method):
-    options = ["MODEL.DEVICE", "cpu", "MODEL.RIS.COMPILE", "True"]
+def build(method, device):
+    options = ["MODEL.DEVICE", device, "MODEL.RIS.COMPILE", "True"]
     cfg = load_config(str(CONFIGS / "instant_test" / f"{method}.yaml"), options)
     torch.manual_seed(0)
     model = build_model(cfg)
@@ -57,8 +58,8 @@ def build(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_1_to_16_sentences_take_one_recompilation_and_no_break(method, captured):
-    model, make_unit = build(method)
+def test_1_to_16_sentences_take_one_recompilation_and_no_break(method, captured, device):
+    model, make_unit = build(method, device)
     model.eval()
     model([make_unit(2)])  # the first call is not compiled
     graphs = []
@@ -72,12 +73,16 @@ def test_1_to_16_sentences_take_one_recompilation_and_no_break(method, captured)
             assert torch.equal(ours["mask"], eager["mask"])
             assert ours["score"] == pytest.approx(eager["score"], abs=1e-5)
     # encode_images and segment; segment once more for a single sentence, whose graph is another.
-    assert graphs == [2, 2, 2, 2, 2, 3, 3] and not counters["graph_break"]
+    # A GPU takes the 33 as 32 and 1, a CPU as equal slices.
+    of_33 = 2 if device == "cpu" else 3
+    assert graphs == [2, 2, 2, 2, of_33, 3, 3] and not counters["graph_break"]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_takes_one_graph_each_and_gives_the_same_losses_and_gradients(method, captured):
-    model, make_unit = build(method)
+def test_training_takes_one_graph_each_and_gives_the_same_losses_and_gradients(
+    method, captured, device
+):
+    model, make_unit = build(method, device)
     model.train()
     results = {}
     for step, counts in enumerate([(2, 1), (2, 3), (5, 6)]):
@@ -95,8 +100,8 @@ def test_training_takes_one_graph_each_and_gives_the_same_losses_and_gradients(m
     assert captured() == 2 and not counters["graph_break"]
 
 
-def test_a_copy_computes_with_its_own_weights_and_gradients_pass(captured):
-    model, make_unit = build("shared_ris")
+def test_a_copy_computes_with_its_own_weights_and_gradients_pass(captured, device):
+    model, make_unit = build("shared_ris", device)
     model.eval()
     for _ in range(2):
         model([make_unit(2)])

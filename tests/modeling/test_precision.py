@@ -50,9 +50,10 @@ def test_bf16_of_a_gpu(monkeypatch, capability, fast):
     assert precision.has_fast_bf16(torch.device("mps")) is False
 
 
+@pytest.mark.not_pretended
 @pytest.mark.parametrize("method", ["asda", "deris", "risam", "shared_ris", "vipa"])
-def test_masks_under_bf16_agree(method, make_inputs, monkeypatch):
-    cfg = load_config(str(CONFIGS / "instant_test" / f"{method}.yaml"), ["MODEL.DEVICE", "cpu"])
+def test_masks_under_bf16_agree(method, make_inputs, monkeypatch, device):
+    cfg = load_config(str(CONFIGS / "instant_test" / f"{method}.yaml"), ["MODEL.DEVICE", device])
     cfg.MODEL.RIS.PRECISION = "auto"
     torch.manual_seed(0)
     model = build_model(cfg).eval()
@@ -97,22 +98,23 @@ def test_a_trained_model_draws_the_same_masks_in_bf16():
         Predictor.from_pretrained("example", precision="fp17")
 
 
-def test_product_of_a_mask_is_not_rounded_under_autocast():
+def test_product_of_a_mask_is_not_rounded_under_autocast(device):
     torch.manual_seed(0)
     maps, vectors = torch.randn(2, 64, 4, 4), torch.randn(2, 64)
     expected = torch.einsum("echw,ec->ehw", maps, vectors)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         assert torch.allclose(mask_product(maps, vectors), expected, atol=1e-5)
     assert mask_product(maps.double(), vectors.double()).dtype == torch.float64
 
 
+@pytest.mark.not_pretended
 @pytest.mark.parametrize("method", ["shared_ris", "asda"])
-def test_residual_streams_are_fp32_under_autocast(method):
-    cfg = load_config(str(CONFIGS / "instant_test" / f"{method}.yaml"), ["MODEL.DEVICE", "cpu"])
+def test_residual_streams_are_fp32_under_autocast(method, device):
+    cfg = load_config(str(CONFIGS / "instant_test" / f"{method}.yaml"), ["MODEL.DEVICE", device])
     torch.manual_seed(0)
     model = build_model(cfg).eval()
     images = torch.randn(1, 3, *cfg.INPUT.RIS.SIZE)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         if method == "asda":
             states = model.vision.forward_layers(images)
         else:

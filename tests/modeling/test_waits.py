@@ -12,6 +12,7 @@ from instant import METHODS, build, configure
 from ris_d2.engine import build_optimizer
 from ris_d2.engine.step import StepTrainer
 
+pytestmark = pytest.mark.cpu_only
 MUON = ("SOLVER.RIS.OPTIMIZER", "Muon")
 
 

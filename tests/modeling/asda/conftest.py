@@ -4,12 +4,12 @@ from ris_d2 import get_ris_cfg
 
 
 @pytest.fixture
-def tiny_cfg():
+def tiny_cfg(device):
     """ASDA on a grid of 4 x 6 patches; masks of 32 x 48."""
     cfg = get_ris_cfg()
     cfg.merge_from_list(
         [
-            *("MODEL.DEVICE", "cpu", "MODEL.META_ARCHITECTURE", "ASDA"),
+            *("MODEL.DEVICE", device, "MODEL.META_ARCHITECTURE", "ASDA"),
             *("MODEL.BACKBONE.NAME", "RISCLIPViT", "INPUT.RIS.SIZE", (32, 48)),
             *("MODEL.PIXEL_MEAN", [127.5] * 3, "MODEL.PIXEL_STD", [127.5] * 3),
             *("INPUT.RIS.MAX_TOKENS", 8, "MODEL.RIS.CLIP_VIT.PATCH_SIZE", 8),

@@ -86,10 +86,11 @@ def test_piece_by_piece_and_chosen_outputs():
     assert list(outputs) == ["res3", "res5"]
 
 
-def test_drop_path_drops_attention_and_mlp_of_a_sample():
+def test_drop_path_drops_attention_and_mlp_of_a_sample(device):
     torch.manual_seed(0)
     block = SwinBlock(dim=8, num_heads=2, window_size=3, shift=1, drop_path=0.5)
-    tokens, partition = torch.randn(64, 12, 8), window_partition((3, 4), 3, 1)
+    tokens = torch.randn(64, 12, 8)
+    partition = [x.to(device) for x in window_partition((3, 4), 3, 1)]
     with torch.no_grad():
         kept = block.eval()(tokens, partition)
         out = block.train()(tokens, partition)

@@ -4,12 +4,12 @@ from ris_d2 import get_ris_cfg
 
 
 @pytest.fixture
-def deris_cfg():
+def deris_cfg(device):
     """A small DeRIS of 64 x 96 images with five queries; the view is 32 x 48, masks are 16 x 24."""
     cfg = get_ris_cfg()
     cfg.merge_from_list(
         [
-            *("MODEL.DEVICE", "cpu", "MODEL.META_ARCHITECTURE", "DeRIS"),
+            *("MODEL.DEVICE", device, "MODEL.META_ARCHITECTURE", "DeRIS"),
             *("MODEL.PIXEL_MEAN", [127.5] * 3, "MODEL.PIXEL_STD", [127.5] * 3),
             *("INPUT.RIS.SIZE", (64, 96), "INPUT.RIS.VIEWS", [["cognition", 32, 48]]),
             *("MODEL.RIS.BEIT3.PATCH_SIZE", 16, "MODEL.RIS.BEIT3.EMBED_DIM", 32),

@@ -57,7 +57,10 @@ def make_rounds(num_expressions, num_queries=5, num_rounds=3, seed=0):
 
 
 # One unit with three expressions (one, two, no instances), one with two (none, one).
-MASKS = [halves(), halves()[1:]]
+def masks():
+    return [halves(), halves()[1:]]
+
+
 TARGETS = [
     torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool),
     torch.tensor([[0, 0, 0], [0, 0, 1]], dtype=torch.bool),
@@ -110,7 +113,7 @@ def reference(rounds, existence_logits, *, weights=(2.0, 5.0, 5.0), aux=0.2, not
 )
 def test_losses_and_gradients_are_those_of_the_definition(whole_mask, changes, expected):
     rounds, existence = make_rounds(5)
-    losses = make(**changes)(rounds, existence, MASKS, TARGETS, NAMES)
+    losses = make(**changes)(rounds, existence, masks(), TARGETS, NAMES)
     wanted = reference(rounds, existence, **expected)
     assert losses.keys() == wanted.keys()
     for name in wanted:
@@ -125,7 +128,7 @@ def test_the_readings_of_bce():
     """Without weights, two-class cross-entropy is the binary one of the logits' difference."""
     rounds, existence = make_rounds(5, num_rounds=1)
     loss = make(not_referred_weight=1.0, class_weight=1.0)(
-        rounds, existence, MASKS, TARGETS, NAMES
+        rounds, existence, masks(), TARGETS, NAMES
     )["loss_class"]
     logits = rounds[0]["class_logits"]
     referred = torch.zeros(5, 5)
@@ -137,7 +140,7 @@ def test_the_readings_of_bce():
 
 def test_uncertain_points_weigh_errors_more(monkeypatch):
     rounds, existence = make_rounds(5, num_rounds=1)
-    arguments = (rounds, existence, MASKS, TARGETS, NAMES)
+    arguments = (rounds, existence, masks(), TARGETS, NAMES)
     torch.manual_seed(0)
     losses, draw = [], criterion_module.draw_uncertain_points
     for ratio in (0.0, 1.0):
@@ -150,8 +153,8 @@ def test_uncertain_points_weigh_errors_more(monkeypatch):
 def test_a_batch_without_any_target():
     rounds, existence = make_rounds(5)
     nothing = [torch.zeros_like(rows) for rows in TARGETS]
-    losses = make()(rounds, existence, MASKS, nothing, NAMES)
-    assert losses.keys() == make()(rounds, existence, MASKS, TARGETS, NAMES).keys()
+    losses = make()(rounds, existence, masks(), nothing, NAMES)
+    assert losses.keys() == make()(rounds, existence, masks(), TARGETS, NAMES).keys()
     assert all(losses[name] == 0 for name in losses if "mask" in name or "dice" in name)
     expected = 2 * -rounds[-1]["class_logits"].log_softmax(-1)[..., 1].mean()
     torch.testing.assert_close(losses["loss_class"], expected)
@@ -165,7 +168,9 @@ def test_a_batch_without_any_target():
 def test_units_without_annotations():
     rounds, existence = make_rounds(2)
     masks = [torch.zeros(0, SIZE, SIZE, dtype=torch.bool)] * 2
-    losses = make()(rounds, existence, masks, [torch.zeros(1, 0, dtype=torch.bool)] * 2, NAMES)
+    losses = make()(
+        rounds, existence, masks, [torch.zeros(1, 0, dtype=torch.bool, device="cpu")] * 2, NAMES
+    )
     assert losses["loss_mask"] == 0 and losses["loss_class"].isfinite()
 
 
@@ -173,7 +178,9 @@ def test_an_emptied_instance_is_still_a_target():
     """A mask that augmentation has moved out of the image keeps its row: its query draws nothing."""
     rounds, existence = make_rounds(1, num_rounds=1)
     empty = torch.zeros(1, SIZE, SIZE, dtype=torch.bool)
-    losses = make()(rounds, existence, [empty], [torch.ones(1, 1, dtype=torch.bool)], NAMES[:1])
+    losses = make()(
+        rounds, existence, [empty], [torch.ones(1, 1, dtype=torch.bool, device="cpu")], NAMES[:1]
+    )
     assert losses["loss_mask"] > 0
     torch.testing.assert_close(losses["loss_existence"], F.softplus(-existence[0]))
 
@@ -182,7 +189,7 @@ def test_a_round_without_scores_is_supervised_on_masks_alone(whole_mask):
     rounds, existence = make_rounds(5)
     expected = reference(rounds, existence)
     del rounds[1]["class_logits"]
-    losses = make()(rounds, existence, MASKS, TARGETS, NAMES)
+    losses = make()(rounds, existence, masks(), TARGETS, NAMES)
     del expected["loss_class_1"]
     assert losses.keys() == expected.keys()
     for name in expected:
@@ -192,12 +199,12 @@ def test_a_round_without_scores_is_supervised_on_masks_alone(whole_mask):
 def test_two_processes_train_as_one(whole_mask, monkeypatch):
     """Processes of 3 and 2 expressions; their mean is the loss of all 5 together."""
     rounds, existence = make_rounds(5)
-    whole = make()(rounds, existence, MASKS, TARGETS, NAMES)
+    whole = make()(rounds, existence, masks(), TARGETS, NAMES)
     parts = []
     for process, rows in enumerate([slice(0, 3), slice(3, 5)]):
         part = [{key: value[rows] for key, value in outputs.items()} for outputs in rounds]
         own = slice(process, process + 1)
-        parts.append((part, existence[rows], MASKS[own], TARGETS[own], NAMES[own]))
+        parts.append((part, existence[rows], masks()[own], TARGETS[own], NAMES[own]))
     counts = []
     for part in parts:
         seen = []
@@ -223,17 +230,17 @@ def test_two_processes_train_as_one(whole_mask, monkeypatch):
         torch.testing.assert_close(sum(half[name] for half in halves_of_loss) / 2, whole[name])
 
 
-def test_losses_are_fp32_under_autocast():
+def test_losses_are_fp32_under_autocast(device):
     rounds, existence = make_rounds(5)
     torch.manual_seed(0)
-    exact = make()(rounds, existence, MASKS, TARGETS, NAMES)
+    exact = make()(rounds, existence, masks(), TARGETS, NAMES)
     torch.manual_seed(0)
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = make()(rounds, existence, MASKS, TARGETS, NAMES)
+    with torch.autocast(device, torch.bfloat16):
+        losses = make()(rounds, existence, masks(), TARGETS, NAMES)
     for name, loss in losses.items():
         assert loss.dtype == torch.float32 and loss == exact[name]
     half = [{key: x.detach().bfloat16() for key, x in outputs.items()} for outputs in rounds]
-    losses = make()(half, existence.bfloat16(), MASKS, TARGETS, NAMES)
+    losses = make()(half, existence.bfloat16(), masks(), TARGETS, NAMES)
     assert all(loss.dtype == torch.float32 for loss in losses.values())
 
 
@@ -241,7 +248,7 @@ def test_logits_that_are_not_finite_name_the_image():
     rounds, existence = make_rounds(5)
     rounds[0]["class_logits"] = torch.full((5, 5, 2), float("inf"))
     with pytest.raises(FloatingPointError, match="one.jpg, two.jpg"):
-        make()(rounds, existence, MASKS, TARGETS, NAMES)
+        make()(rounds, existence, masks(), TARGETS, NAMES)
 
 
 def test_settings_that_make_no_sense_are_errors():

@@ -211,11 +211,11 @@ def test_refuses(deris, message):
         make(**deris)
 
 
-def test_bf16_stays_near_fp32():
+def test_bf16_stays_near_fp32(device):
     branch = make().eval()
     with torch.no_grad():
         expected, _ = run(branch, *inputs())
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             logits, priors = run(branch, *inputs())
     assert priors.isfinite().all()
     # Round 0 alone: later queries attend masks whose edges bf16 moves.

@@ -49,7 +49,7 @@ def make_units() -> list[dict]:
 def same_points(*shape: int, device: torch.device) -> torch.Tensor:
     """Instead of random ones, which differ between the processes: the same for every mask."""
     generator = torch.Generator().manual_seed(0)
-    return torch.empty(shape[1:]).uniform_(generator=generator).expand(shape)
+    return torch.empty(shape[1:]).uniform_(generator=generator).to(device).expand(shape)
 
 
 def main(rank: int, world_size: int, output_dir: str) -> None:

@@ -1,9 +1,12 @@
 import copy
 
+import pytest
 import torch
 from torch import nn
 
 from ris_d2.modeling.layers import Constants
+
+pytestmark = pytest.mark.cpu_only
 
 
 def make_constants(calls, **arguments):

@@ -4,12 +4,12 @@ from ris_d2 import get_ris_cfg
 
 
 @pytest.fixture
-def risam_cfg():
+def risam_cfg(device):
     """RISAM on a grid of 4 x 4 cells; the mask decoder upsamples to 16 x 16."""
     cfg = get_ris_cfg()
     cfg.merge_from_list(
         [
-            *("MODEL.DEVICE", "cpu", "MODEL.META_ARCHITECTURE", "RISAM"),
+            *("MODEL.DEVICE", device, "MODEL.META_ARCHITECTURE", "RISAM"),
             *("MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53]),
             *("MODEL.PIXEL_STD", [58.395, 57.12, 57.375]),
             *("MODEL.BACKBONE.NAME", "RISSAMViT", "INPUT.RIS.SIZE", (32, 32)),

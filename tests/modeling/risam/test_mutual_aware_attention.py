@@ -121,9 +121,9 @@ def test_serial_regions_read_the_updated_words_and_the_decoder_does_not():
     assert torch.allclose(out.vision_guided, expected.vision_guided, atol=1e-6)
 
 
-def test_scores_are_not_rounded_under_autocast():
+def test_scores_are_not_rounded_under_autocast(device):
     module, (regions, words, text_mask) = block(), inputs()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         out = module(regions, words, text_mask)
     assert out.vision_guided.dtype == torch.float32
     assert out.regions.dtype == torch.float32 or out.regions.dtype == torch.bfloat16

@@ -10,7 +10,9 @@ from ris_d2.modeling.risam.feature_enhancement import FeatureEnhancement
 from ris_d2.modeling.risam.mutual_aware_attention import MutualFeatures
 from ris_d2.modeling.risam.variants import SAMMaskDecoder, build_fusion
 
-MASK = torch.tensor([[True, True, True, True], [True, True, False, False]])
+
+def mask():
+    return torch.tensor([[True, True, True, True], [True, True, False, False]])
 
 
 def decoder(**changes):
@@ -54,10 +56,10 @@ def test_maps_of_other_strides_are_brought_to_the_grid():
 def test_mask_is_token_times_pixels():
     module = decoder()
     with torch.no_grad():
-        logits, _ = module(features(), MASK, (3, 4))
+        logits, _ = module(features(), mask(), (3, 4))
         module.token_mlp[4].weight.mul_(2)
         module.token_mlp[4].bias.mul_(2)
-        doubled, _ = module(features(), MASK, (3, 4))
+        doubled, _ = module(features(), mask(), (3, 4))
     assert logits.shape == (2, 12, 16)
     assert torch.allclose(doubled, 2 * logits, atol=1e-5)
 
@@ -70,7 +72,7 @@ def test_padded_words_reach_neither_pixels_nor_token(changes):
     word[1, 1] += 3
     with torch.no_grad():
         results = [
-            module(given._replace(words=w), MASK, (3, 4)) for w in (given.words, padded, word)
+            module(given._replace(words=w), mask(), (3, 4)) for w in (given.words, padded, word)
         ]
     for value, with_padding, with_word in zip(*results, strict=True):
         assert torch.allclose(value, with_padding, atol=1e-5)
@@ -84,7 +86,7 @@ def test_the_token_sees_pixels_only_with_toi_a_or_without_elg():
     for changes, sees_pixels in (({}, False), ({"toi_a": True}, True), ({"elg": False}, True)):
         module = decoder(**changes)
         with torch.no_grad():
-            tokens = [module(x, MASK, (3, 4))[1][:, 16:] for x in (given, moved)]
+            tokens = [module(x, mask(), (3, 4))[1][:, 16:] for x in (given, moved)]
         assert torch.equal(*tokens) != sees_pixels
 
 
@@ -92,7 +94,8 @@ def test_without_elg_the_words_are_not_read():
     module, given = decoder(elg=False), features()
     with torch.no_grad():
         logits = [
-            module(given._replace(words=w), MASK, (3, 4))[0] for w in (given.words, 2 * given.words)
+            module(given._replace(words=w), mask(), (3, 4))[0]
+            for w in (given.words, 2 * given.words)
         ]
     assert torch.equal(*logits)
 
@@ -113,12 +116,12 @@ def test_fusions_let_words_reach_regions_and_mask_pads(name):
     word[1, 1] += 3
     with torch.no_grad():
         out, with_padding, with_word = (
-            module(regions, w, MASK, (3, 4)) for w in (words, padded, word)
+            module(regions, w, mask(), (3, 4)) for w in (words, padded, word)
         )
-        moved = module(features(1).regions, words, MASK, (3, 4))
+        moved = module(features(1).regions, words, mask(), (3, 4))
     assert out.regions.shape == (2, 12, 16) and out.words.shape == (2, 4, 16)
     assert torch.allclose(out.regions, with_padding.regions, atol=1e-5)
-    assert torch.allclose(out.words[MASK], with_padding.words[MASK], atol=1e-5)
+    assert torch.allclose(out.words[mask()], with_padding.words[mask()], atol=1e-5)
     reads_words = not torch.allclose(out.regions[1], with_word.regions[1], atol=1e-4)
     assert reads_words == (name != "none")
     words_know_the_image = not torch.allclose(out.words, moved.words, atol=1e-4)
@@ -143,13 +146,13 @@ def test_sam_decoder_reads_no_pads_and_freezes_what_it_does_not_use():
     torch.manual_seed(0)
     module = SAMMaskDecoder(dim=16, num_heads=2, mlp_dim=32)
     given = features()
-    logits, token = module(given, MASK, (3, 4))
+    logits, token = module(given, mask(), (3, 4))
     assert logits.shape == (2, 12, 16) and token is None
     cut = MutualFeatures(given.regions[1:], given.words[1:, :2])
-    assert torch.allclose(logits[1:], module(cut, MASK[1:, :2], (3, 4))[0], atol=1e-5)
+    assert torch.allclose(logits[1:], module(cut, mask()[1:, :2], (3, 4))[0], atol=1e-5)
     word = given.words.clone()
     word[1, 1] += 3
-    assert not torch.allclose(logits[1], module(given._replace(words=word), MASK, (3, 4))[0][1])
+    assert not torch.allclose(logits[1], module(given._replace(words=word), mask(), (3, 4))[0][1])
     logits.square().sum().backward()
     without = {n for n, p in module.named_parameters() if p.grad is None}
     assert without == {n for n, p in module.named_parameters() if not p.requires_grad}

@@ -4,12 +4,12 @@ from ris_d2 import get_ris_cfg
 
 
 @pytest.fixture
-def vipa_cfg():
+def vipa_cfg(device):
     """VIPA on 64 x 96 images: F_4 has 2 x 3 tokens, the mask logits 16 x 24."""
     cfg = get_ris_cfg()
     cfg.merge_from_list(
         [
-            *("MODEL.DEVICE", "cpu", "MODEL.META_ARCHITECTURE", "VIPA"),
+            *("MODEL.DEVICE", device, "MODEL.META_ARCHITECTURE", "VIPA"),
             *("INPUT.RIS.SIZE", (64, 96), "INPUT.RIS.MAX_TOKENS", 8),
             *("MODEL.RIS.SWIN.EMBED_DIM", 8, "MODEL.RIS.SWIN.DEPTHS", (1, 1, 2, 1)),
             *("MODEL.RIS.SWIN.NUM_HEADS", (1, 2, 2, 4), "MODEL.RIS.SWIN.WINDOW_SIZE", 3),

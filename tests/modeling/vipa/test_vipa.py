@@ -72,6 +72,7 @@ def test_parameters(changes, parts, total):
     assert millions(model) == pytest.approx(total, abs=0.1)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     "encoder, generator, decoder", [("early", 0.79, 336.9), ("beit3", 0.66, 348.0)]
 )
@@ -94,6 +95,7 @@ def test_multiply_adds_of_generator_and_decoder(encoder, generator, decoder):
     assert counter.get_total_flops() / 2e9 == pytest.approx(decoder, rel=0.01)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     "encoder, expected",
     [  # of the spec: CrossVLT's; Swin, BERT and one exchange; Swin and BERT; BEiT-3 and its pyramid
@@ -125,7 +127,8 @@ def test_every_parameter_learns_and_every_variant_segments(
     changes, vipa_cfg, make_inputs, without_gradient
 ):
     vipa_cfg.MODEL.RIS.NO_TARGET = "head"
-    model = build(vipa_cfg, *changes)
+    # Three of the six visual tokens: the weight of a single one is 1, and queries and keys learn nothing.
+    model = build(vipa_cfg, "GENERATOR.RATIO", 0.5, *changes)
     losses = model(
         [make_inputs(seed=0, size=SIZE), make_inputs(seed=1, num_expressions=2, size=SIZE)]
     )
@@ -173,10 +176,9 @@ def test_padding_changes_nothing(changes, vipa_cfg, make_inputs):
     index = torch.zeros(3, dtype=torch.long)
     with torch.no_grad():
         features = model.encode_images(images, views)
-        long = model.segment(features, index, x["input_ids"], x["text_mask"])
-        short = model.segment(
-            features, index[1:2], x["input_ids"][1:2, :4], x["text_mask"][1:2, :4]
-        )
+        ids, mask = x["input_ids"].to(model.device), x["text_mask"].to(model.device)
+        long = model.segment(features, index, ids, mask)
+        short = model.segment(features, index[1:2], ids[1:2, :4], mask[1:2, :4])
     assert torch.allclose(long["mask_logits"][1], short["mask_logits"][0], atol=1e-5)
 
 
@@ -335,6 +337,7 @@ def test_bfloat16_trains_and_stays_near_fp32(vipa_cfg, make_inputs):
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+@pytest.mark.not_pretended
 def test_it_learns_one_image(vipa_cfg, make_inputs):
     vipa_cfg.MODEL.RIS.NO_TARGET = "head"
     model, inputs = build(vipa_cfg, "DECODER.NORM", "GN", "DIM", 32), make_inputs(size=SIZE)
