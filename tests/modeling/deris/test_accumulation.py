@@ -34,9 +34,12 @@ def step(accumulation, device):
 def test_accumulated_micro_batches_train_as_one_batch(device):
     """Though one has three expressions with three targets, and the other nothing that is meant."""
     (losses, gradients), (accumulated, parts) = step(1, device), step(2, device)
+    tolerance = 1e-5 if device == "cpu" else 1e-4
     assert losses.keys() == accumulated.keys() and len(losses) > 12
     for name, loss in losses.items():
-        assert accumulated[name] == pytest.approx(loss, rel=1e-5), name
+        assert accumulated[name] == pytest.approx(loss, rel=tolerance), name
     scale = max(gradient.abs().max() for gradient in gradients.values()).item()
     for name, gradient in gradients.items():
-        torch.testing.assert_close(parts[name], gradient, atol=1e-5 * scale, rtol=1e-3, msg=name)
+        torch.testing.assert_close(
+            parts[name], gradient, atol=tolerance * scale, rtol=1e-3, msg=name
+        )

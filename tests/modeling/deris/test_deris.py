@@ -229,7 +229,7 @@ def test_a_causal_language_model_may_think(
     torch.manual_seed(0)
     model = build_model(deris_cfg)
     stir(model)
-    sum(model([make_deris_inputs()]).values()).backward()
+    sum(model([make_deris_inputs(), make_deris_inputs(2, seed=1)]).values()).backward()
     assert without_gradient(model) == []
     assert not any(p.requires_grad for p in model.cognition.encoder.parameters())
     assert model.cognition.text_proj.weight.grad.any()

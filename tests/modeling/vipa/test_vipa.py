@@ -216,7 +216,7 @@ def test_expressions_meet_their_own_image(vipa_cfg, make_inputs):
     for unit, result in zip(units, together, strict=True):
         alone = model([unit])[0]["referring"]
         scores = [r["score"] for r in result["referring"]]
-        assert scores == pytest.approx([r["score"] for r in alone], abs=1e-5)
+        assert scores == pytest.approx([r["score"] for r in alone], abs=1e-4)
 
 
 def test_losses_by_hand(vipa_cfg):
