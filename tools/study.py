@@ -170,6 +170,7 @@ class Run(Training):
             then, now = load_config(path, modules=self.modules), self.cfg.clone()
             for cfg in (then, now):  # the same run in another folder, or on another machine
                 cfg.OUTPUT_DIR = cfg.MODEL.DEVICE = ""
+                cfg.DATALOADER.NUM_WORKERS = 0
                 cfg.MODEL.INIT = [[part, os.path.basename(file)] for part, file in cfg.MODEL.INIT]
             if json.dumps(then, sort_keys=True) != json.dumps(now, sort_keys=True):
                 return OTHER_SETTINGS
