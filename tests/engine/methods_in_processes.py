@@ -104,6 +104,8 @@ def losses_of(name, output_dir, **more):
     with (
         mock.patch.object(torch, "rand", same_points),
         mock.patch.object(torch.Tensor, "exponential_", lambda self: self.fill_(1.0)),
+        # In bf16 Muon's iteration makes a difference of 1e-7 one of 1e-3.
+        mock.patch("ris_d2.engine.muon.has_fast_bf16", lambda device: False),
     ):
         torch.manual_seed(7)
         trainer = Comparable(config(name, output_dir, {**NOISE.get(name, {}), **more}))
