@@ -370,11 +370,11 @@ def _execute(
             first = [run for run in runs if run.cell == study.pretrain]
             if first and first[0].state == OTHER_SETTINGS:  # what was made from it is void
                 shutil.rmtree(os.path.join(args.output, "runs"))
-            failed = _train(first, 1, write_page)
+            if failed := _train(first, 1, write_page):
+                return failed
         wanted = [run for run in runs if run.cell in (args.only or study.cells)]
         wanted = [run for run in wanted if run.seed in (args.seed or study.seeds)]
-        wanted = [run for run in wanted if run not in first and not failed]
-        return failed + _train(wanted, args.jobs, write_page)
+        return _train([run for run in wanted if run not in first], args.jobs, write_page)
 
 
 def _train(runs: Sequence[Run], at_once: int, write_page: Callable[[], None]) -> list[str]:

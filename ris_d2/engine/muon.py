@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ris_d2.modeling.precision import has_fast_bf16
+from ..modeling.precision import has_fast_bf16
 
 MOMENTUM = 0.95
 # Quintic Newton-Schulz iteration that takes singular values of 0..1 to about 1 in five rounds.
